@@ -1,0 +1,6 @@
+"""Guides: drop-in posteriors for Pyro models."""
+
+from pyro_nf.guides.amortized import AmortizedFlow
+from pyro_nf.guides.auto_flow import AutoFlow
+
+__all__ = ["AmortizedFlow", "AutoFlow"]

@@ -1,0 +1,86 @@
+"""Coupling flows: some coordinates stay, and set the map of the others."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_nf.flows.base import Flow
+from pyro_nf.flows.transformers import Affine, Transformer
+from pyro_nf.networks import MLP, ContextParameters
+
+
+class Coupling(Flow):
+    r"""Coupling flow: `y_a = x_a`, `y_b = transformer(x_b; network(x_a, context))`.
+
+    `log_det = sum_b log dy_b/dx_b`. Both directions cost one pass of the network. A coupling leaves the coordinates of
+    `a` as they are: alternate the masks of successive layers (`pyro_nf.flows.stacks` does). With dim 1 there is
+    nothing to condition on, and the parameters are the flow's own or functions of the context.
+
+    Args:
+        dim: Number of coordinates.
+        mask: `dim` booleans, true where a coordinate is transformed, at least one; `None` for the second half.
+        transformer: The map of a transformed coordinate: `Additive()` gives NICE, `Affine()` (default) RealNVP.
+        hidden_dims: Widths of the network's hidden layers.
+        context_dim: Width of the context; 0 for none.
+
+    Raises:
+        ValueError: If `mask` is of the wrong length or transforms nothing.
+
+    References:
+        Dinh, Krueger, Bengio (2014), "NICE", arXiv:1410.8516, section 3; Dinh, Sohl-Dickstein, Bengio (2016),
+        "Density estimation using Real NVP", arXiv:1605.08803, equations 4-8.
+    """
+
+    kept: Tensor
+    transformed: Tensor
+    restore: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        mask: Sequence[bool] | None = None,
+        transformer: Transformer | None = None,
+        hidden_dims: Sequence[int] = (32, 32),
+        context_dim: int = 0,
+    ) -> None:
+        super().__init__((dim,), context_dim)
+        mask = [i >= dim // 2 for i in range(dim)] if mask is None else list(mask)
+        if len(mask) != dim or not any(mask):
+            raise ValueError(f"mask must hold dim={dim} booleans, one of them true; got {mask}")
+        chosen = torch.tensor(mask)
+        self.register_buffer("kept", (~chosen).nonzero()[:, 0])
+        self.register_buffer("transformed", chosen.nonzero()[:, 0])
+        self.register_buffer("restore", torch.cat([self.kept, self.transformed]).argsort())
+        self.transformer = transformer or Affine()
+        self._outputs = (len(self.transformed), self.transformer.num_params)
+        size = self._outputs[0] * self._outputs[1]
+        self.network = (
+            MLP(len(self.kept), hidden_dims, size, context_dim=context_dim, zero_init=True)
+            if len(self.kept)
+            else ContextParameters({"params": torch.zeros(size)}, context_dim)
+        )
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform the chosen coordinates."""
+        kept = x[..., self.kept]
+        moved, log_det = self.transformer.forward(x[..., self.transformed], self._params(kept, context))
+        return self._join(kept, moved), log_det.sum(-1)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Transform the chosen coordinates back."""
+        kept = y[..., self.kept]
+        moved, log_det = self.transformer.inverse(y[..., self.transformed], self._params(kept, context))
+        return self._join(kept, moved), log_det.sum(-1)
+
+    def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
+        if isinstance(self.network, ContextParameters):
+            (params,) = self.network(context)
+        else:
+            params = self.network(kept, context)
+        shaped: Tensor = params.unflatten(-1, self._outputs)
+        return shaped
+
+    def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
+        kept = kept.expand(*moved.shape[:-1], kept.shape[-1])
+        return torch.cat([kept, moved], -1)[..., self.restore]

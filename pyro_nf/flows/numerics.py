@@ -1,0 +1,54 @@
+"""Numerics that several flows share: bounded scales, roots and their gradients."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# softplus(x + SOFTPLUS_SHIFT) is 1 at x = 0, which makes raw parameters of 0 the identity.
+SOFTPLUS_SHIFT = math.log(math.e - 1)
+
+
+def positive(raw: Tensor) -> Tensor:
+    """Map R to (0, inf) with 0 -> 1, growing linearly: `softplus(raw + log(e - 1))`."""
+    return torch.nn.functional.softplus(raw + SOFTPLUS_SHIFT)
+
+
+def soft_bound(raw: Tensor, bound: float) -> Tensor:
+    """Map R to (-bound, bound) smoothly, with slope 1 at 0: `raw / (1 + |raw / bound|)`."""
+    return raw / (1 + (raw / bound).abs())
+
+
+def unbound(value: Tensor, bound: float) -> Tensor:
+    """Undo `soft_bound`, for |value| < bound."""
+    return value / (1 - (value / bound).abs())
+
+
+@torch.no_grad()
+def bisect(function: Callable[[Tensor], Tensor], target: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """Solve `function(x) = target` for an increasing elementwise function, `lower <= x <= upper`.
+
+    The number of halvings is fixed by the dtype (a rounding error of the bracket's width), so that the loop is the
+    same for every input and can be batched and compiled. The result carries no gradient: see `implicit_gradient`.
+    """
+    for _ in range(math.ceil(-math.log2(torch.finfo(target.dtype).eps)) + 4):
+        middle = 0.5 * (lower + upper)
+        above = function(middle) > target
+        lower, upper = torch.where(above, lower, middle), torch.where(above, middle, upper)
+    return 0.5 * (lower + upper)
+
+
+def implicit_gradient(root: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
+    r"""Give a numerically found root its exact first derivatives.
+
+    Where `x(y, theta)` is defined by `f(x; theta) = y`, the implicit function theorem says
+    `dx = J^{-1} (dy - d_theta f)`, `J = df/dx`. With the residual `r = y - f(x_0; theta)` at the fixed root `x_0`,
+    `x_0 + J^{-1} (r - stop_gradient(r))` has the value `x_0` and just this derivative.
+
+    Args:
+        root: `x_0`, without gradient.
+        residual: `y - f(x_0; theta)`, with gradients to `y` and `theta`.
+        solve: Applies `J^{-1}`, `J` without gradient.
+    """
+    return root + solve(residual - residual.detach())

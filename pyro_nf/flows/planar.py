@@ -1,0 +1,66 @@
+"""Planar flow."""
+
+import torch
+from torch import Tensor
+
+from pyro_nf.flows.base import Flow
+from pyro_nf.flows.numerics import bisect, implicit_gradient, positive
+from pyro_nf.networks import ContextParameters
+
+
+class Planar(Flow):
+    r"""Planar flow, `y = x + u_hat tanh(w'x + b)`: stretches and compresses along one direction.
+
+    `u_hat = u + (m - w'u) w / ||w||^2` with `m = positive(w'u) - 1 > -1`, so that `w'u_hat = m` and the map is
+    invertible. `positive(0) = 1`: u = 0 is the identity, where the flow starts.
+    `log_det = log(tanh^2 + (m + 1) (1 - tanh^2))`, `log(1 + w'u_hat tanh')` written as a sum of positive terms.
+
+    Both directions cost O(dim). The inverse has no formula: `a = w'x` is the root of `a + m tanh(a + b) = w'y`, found
+    by bisection in `[w'y - |m|, w'y + |m|]` with implicit gradients.
+
+    Args:
+        dim: Number of coordinates.
+        context_dim: Width of the context; 0 for none.
+
+    References:
+        Rezende, Mohamed (2015), "Variational inference with normalizing flows", arXiv:1505.05770, equations 10-12 and
+        appendix A.1.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__((dim,), context_dim)
+        # Directions of length about 1, so that w'x has unit variance over a standard normal.
+        initial = {"u": torch.zeros(dim), "w": torch.randn(dim) / dim**0.5, "b": torch.zeros(1)}
+        self.params = ContextParameters(initial, context_dim)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `y` and its log-determinant."""
+        w, b, u_hat, slope = self._unpack(context)
+        h = torch.tanh((w * x).sum(-1, keepdim=True) + b)
+        return x + u_hat * h, _log_det(h, slope)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return `x`, by a scalar root, and its log-determinant."""
+        w, b, u_hat, slope = self._unpack(context)
+        target, m = (w * y).sum(-1, keepdim=True), slope - 1
+        root = bisect(lambda a: a + m * torch.tanh(a + b), target, target - m.abs(), target + m.abs())
+        h = torch.tanh(root + b)
+        residual = target - (root + m * h)
+        # dh/da / (d target/da) turns a residual into a step of h: the implicit gradient. For m > 0 the divisor is >= 1,
+        # and the step is taken in value too, as Newton's: forward would magnify the rounding of root by m.
+        step = ((1 - h**2) / (h**2 + slope * (1 - h**2))).detach()
+        h = implicit_gradient(h + torch.where(m > 0, step * residual, 0.0).detach(), residual, lambda r: step * r)
+        return y - u_hat * h, -_log_det(h, slope)
+
+    def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u, w, b = self.params(context)
+        # The small number keeps w = 0 and its gradient finite, and is lost in the rounding of any other w.
+        w_squared = (w**2).sum(-1, keepdim=True) + torch.finfo(w.dtype).eps ** 2
+        w_u = (w * u).sum(-1, keepdim=True)
+        slope = positive(w_u)
+        return w, b, u + (slope - 1 - w_u) * w / w_squared, slope
+
+
+def _log_det(h: Tensor, slope: Tensor) -> Tensor:
+    # A weighted mean of 1 and slope > 0, hence positive.
+    return (h**2 + slope * (1 - h**2)).log().squeeze(-1)

@@ -1,0 +1,118 @@
+"""Transformers: invertible maps of one coordinate, whose parameters a coupling or autoregressive flow supplies.
+
+A transformer is a stateless object with `num_params` and two methods. A new one is one class here, and works in both
+wirings. With all parameters 0 it is the identity.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pyro_nf.flows.numerics import soft_bound
+
+
+class Transformer(Protocol):
+    """What couplings and autoregressive flows ask of a transformer.
+
+    Shapes:
+        `x, y: (*batch, dim)`; `params: (*batch, dim, num_params)`; log-derivatives: `(*batch, dim)`.
+    """
+
+    num_params: int
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `y` and `log dy/dx`, elementwise."""
+        ...
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `x` and `log dx/dy`, elementwise."""
+        ...
+
+
+class Additive:
+    r"""`y = x + shift`: volume preserving.
+
+    References:
+        Dinh, Krueger, Bengio (2014), "NICE", arXiv:1410.8516, section 3.2.
+    """
+
+    num_params = 1
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `x + shift` and zero."""
+        y = x + params[..., 0]
+        return y, torch.zeros_like(y)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `y - shift` and zero."""
+        x = y - params[..., 0]
+        return x, torch.zeros_like(x)
+
+
+class Affine:
+    r"""`y = shift + exp(s) x`, with s softly bounded.
+
+    Args:
+        bound: Bound of |s|; the default lets one layer scale by e^5 = 148 either way.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio (2016), "Density estimation using Real NVP", arXiv:1605.08803, equation 4.
+    """
+
+    num_params = 2
+
+    def __init__(self, bound: float = 5.0) -> None:
+        self.bound = bound
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `shift + exp(s) x` and s."""
+        shift, log_scale = params[..., 0], soft_bound(params[..., 1], self.bound)
+        y = shift + log_scale.exp() * x
+        return y, log_scale.expand_as(y)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `(y - shift) exp(-s)` and -s."""
+        shift, log_scale = params[..., 0], soft_bound(params[..., 1], self.bound)
+        x = (y - shift) * (-log_scale).exp()
+        return x, -log_scale.expand_as(x)
+
+
+class Gated:
+    r"""`y = gate x / gate_0 + (1 - gate) shift`, `gate = sigmoid(s + forget_bias)`, `gate_0 = sigmoid(forget_bias)`.
+
+    The numerically stable update of inverse autoregressive flow, divided by its gate at s = 0 so that it starts as the
+    identity. s is softly bounded, or a closed gate would forget x to rounding error and not be invertible.
+
+    Args:
+        forget_bias: How far the gate is open at first.
+        bound: Bound of |s|.
+
+    References:
+        Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), "Improving variational inference with inverse
+        autoregressive flow", arXiv:1606.04934, equations 12-14.
+    """
+
+    num_params = 2
+
+    def __init__(self, forget_bias: float = 2.0, bound: float = 5.0) -> None:
+        self.forget_bias = forget_bias
+        self.bound = bound
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `y` and `log(gate / gate_0)`."""
+        offset, log_scale = self._unpack(params)
+        y = log_scale.exp() * x + offset
+        return y, log_scale.expand_as(y)
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `x` and `-log(gate / gate_0)`."""
+        offset, log_scale = self._unpack(params)
+        x = (y - offset) * (-log_scale).exp()
+        return x, -log_scale.expand_as(x)
+
+    def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, s = params[..., 0], soft_bound(params[..., 1], self.bound) + self.forget_bias
+        log_gate_0 = torch.nn.functional.logsigmoid(torch.full_like(s, self.forget_bias))
+        # 1 - sigmoid(s) = sigmoid(-s), without cancellation.
+        return torch.sigmoid(-s) * shift, torch.nn.functional.logsigmoid(s) - log_gate_0

@@ -1,0 +1,57 @@
+"""When to stop, and the learning rate on the way there."""
+
+import math
+
+from pyro_nf.inference.result import Evaluation
+
+
+class PlateauSchedule:
+    r"""Warm up, hold while the ELBO rises, cool down along a cosine once it does not, stop.
+
+    The ELBO has stopped rising when the best evaluation of the last `patience` is no better than the best before them
+    by more than twice the Monte Carlo error of the difference, nor by more than `tolerance` nats. The cool-down takes
+    half as many steps again as came before it; it starts in any case early enough to end at `max_steps`.
+
+    Args:
+        learning_rate: The rate that is held.
+        max_steps: Upper bound of the run.
+        warmup_steps: Steps of linear rise.
+        patience: Evaluations without improvement that make a plateau.
+        tolerance: Improvement in nats too small to wait for.
+    """
+
+    def __init__(
+        self, learning_rate: float, max_steps: int, warmup_steps: int = 50, patience: int = 5, tolerance: float = 0.01
+    ) -> None:
+        self.learning_rate, self.max_steps = learning_rate, max_steps
+        self.warmup_steps, self.patience, self.tolerance = warmup_steps, patience, tolerance
+        self._cooldown: tuple[int, int] | None = None  # first and last step
+        self.plateau_step: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The number of steps after which the run ends, as far as is known now."""
+        return self.max_steps if self._cooldown is None else self._cooldown[1]
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of this step, counted from 0."""
+        if self._cooldown is None and step >= 2 * self.max_steps // 3:
+            self._cooldown = (step, self.max_steps)
+        warm = min(1.0, (step + 1) / self.warmup_steps)
+        cool = 1.0
+        if self._cooldown is not None:
+            first, last = self._cooldown
+            cool = 0.5 * (1 + math.cos(math.pi * (step - first) / max(last - first, 1)))
+        return self.learning_rate * warm * cool
+
+    def observe(self, evaluations: list[Evaluation]) -> None:
+        """Start the cool-down if the evaluations so far have reached a plateau."""
+        if self._cooldown is not None or len(evaluations) <= self.patience:
+            return
+        before = max(evaluations[: -self.patience], key=lambda e: e.elbo)
+        recent = max(evaluations[-self.patience :], key=lambda e: e.elbo)
+        noise = 2 * math.hypot(before.mcse, recent.mcse)
+        if not recent.elbo - before.elbo > max(noise, self.tolerance):
+            step = evaluations[-1].step
+            self.plateau_step = step
+            self._cooldown = (step, min(step + max(step // 2, 1), self.max_steps))

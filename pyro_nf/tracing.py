@@ -1,0 +1,267 @@
+"""A (model, guide) pair run for many draws at once, as a plain function of tensors.
+
+Everything above this file (objectives, diagnostics, inference) asks one thing of a model and a guide: run the guide
+`num_particles` times, run the model on each draw, and return something of the two traces. `Program.map` does that
+under `torch.func.vmap`, so that a model is written for one draw and never needs to broadcast over particles.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_IN_PLACE_DRAWS = {
+    getattr(Tensor, name)
+    for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "uniform_")
+}
+
+
+class Particle(NamedTuple):
+    """One draw of the guide and the model's run on it."""
+
+    guide: poutine.Trace
+    model: poutine.Trace
+
+
+class Structure(NamedTuple):
+    """What is fixed about a (model, guide) pair for arguments of given shapes.
+
+    Attributes:
+        particle: Traces of one run, outside `vmap`.
+        latents: Names of the model's latent sites.
+        subsamples: `{plate name: (size, subsample_size)}` of the plates that are subsampled.
+    """
+
+    particle: Particle
+    latents: tuple[str, ...]
+    subsamples: dict[str, tuple[int, int]]
+
+
+class Program:
+    """A model and a guide, to be run for many draws at once.
+
+    Args:
+        model: A Pyro model.
+        guide: A Pyro guide for it, taking the same arguments; ours, Pyro's or hand-written.
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        self.model, self.guide = model, guide
+        self._structures: dict[Any, Structure] = {}
+        self._vectorized = True
+
+    def structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+        """Return the pair's structure, running both once on first sight of arguments of these shapes.
+
+        Raises:
+            ValueError: If the pair cannot be fitted by reparametrised draws: the sentence says why.
+        """
+        key = signature(args, kwargs)
+        if key not in self._structures:
+            with torch.no_grad(), poutine.block():
+                # A first call lets an automatic guide set itself up, and report what is wrong with the model.
+                self.guide(*args, **kwargs)
+                particle = self._run(args, kwargs)
+            self._structures[key] = _inspect(particle)
+        return self._structures[key]
+
+    def map(
+        self,
+        extract: Callable[[Particle], dict[str, Tensor]],
+        num_particles: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        """Run `num_particles` draws and return `extract`'s tensors, stacked along a new first dimension.
+
+        The draws are independent; a subsampled plate draws its indices once for all of them. A model that `vmap`
+        cannot batch (control flow that depends on values, say) is run draw by draw, with one warning.
+        """
+        subsamples = self.structure(args, kwargs).subsamples
+        indices = {name: torch.randperm(size)[:part] for name, (size, part) in subsamples.items()}
+
+        def particle(zero: Tensor) -> dict[str, Tensor]:
+            with SharedSubsamples(indices), pyro.validation_enabled(False):
+                return extract(self._run(args, kwargs, BatchedNoise(zero)))
+
+        device = _device(self.structure(args, kwargs).particle)
+        zeros = torch.zeros(num_particles, device=device)
+        if self._vectorized:
+            try:
+                return torch.func.vmap(particle, randomness="different")(zeros)
+            except RuntimeError as error:
+                if "vmap" not in str(error):
+                    raise
+                self._vectorized = False
+                warnings.warn(
+                    f"the model cannot be batched over draws and runs them one by one, which is slow: {error}. "
+                    "Usual causes are .item(), control flow that depends on a value, and in-place writes.",
+                    stacklevel=2,
+                )
+        results = [particle(zero) for zero in zeros]
+        return {name: torch.stack([result[name] for result in results]) for name in results[0]}
+
+    def map_in_chunks(
+        self,
+        extract: Callable[[Particle], dict[str, Tensor]],
+        num_particles: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        chunk_size: int = 1000,
+    ) -> dict[str, Tensor]:
+        """`map` without gradients, in bounded memory: at most `chunk_size` draws at once."""
+        sizes = [min(chunk_size, num_particles - start) for start in range(0, num_particles, chunk_size)]
+        with torch.no_grad():
+            parts = [self.map(extract, size, args, kwargs) for size in sizes]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def score(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        r"""Return `log q(z; phi)` at the particle's draw held fixed: its gradient is the score, d log q / d phi."""
+        fixed = particle.guide.copy()
+        for name, site in particle.guide.nodes.items():
+            if site["type"] == "sample":
+                if isinstance(site["fn"], dist.Delta):
+                    # A deterministic function of the draw: recomputed, for a rounding difference would cost -inf.
+                    fixed.remove_node(name)
+                else:
+                    fixed.nodes[name] = {**site, "value": site["value"].detach()}
+        return log_prob_sum(poutine.trace(poutine.replay(self.guide, trace=fixed)).get_trace(*args, **kwargs))
+
+    def _run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], noise: AbstractContextManager[Any] | None = None
+    ) -> Particle:
+        with noise or nullcontext():  # only the guide draws
+            guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
+        model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
+        return Particle(guide_trace, model_trace)
+
+
+class BatchedNoise(TorchFunctionMode):
+    """Let in-place draws (`torch.empty(n).normal_()`, as in torch's distributions) differ between particles.
+
+    `vmap` refuses to fill a tensor that is not batched with noise that is: here the tensor is made batched first.
+
+    Args:
+        zero: The particle's zero, a scalar that `vmap` batches.
+    """
+
+    def __init__(self, zero: Tensor) -> None:
+        super().__init__()
+        self.zero = zero
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, on a batched copy where it draws in place."""
+        if func in _IN_PLACE_DRAWS:
+            args = (torch.zeros_like(args[0]) + self.zero.to(args[0].dtype), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+class SharedSubsamples(Messenger):
+    """Give subsampled plates these indices, the same for every particle.
+
+    Args:
+        indices: `{plate name: indices}`.
+    """
+
+    def __init__(self, indices: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.indices = indices
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.indices and isinstance(msg["fn"], _Subsample):
+            msg["value"] = self.indices[msg["name"]].to(msg["fn"].device)
+            msg["done"] = True
+
+
+def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """Return what a model's structure may depend on: the shapes of tensors, and other values that can be compared."""
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype, value.device
+        if isinstance(value, dict):
+            return tuple((key, describe(item)) for key, item in value.items())
+        if isinstance(value, (tuple, list)):
+            return tuple(map(describe, value))
+        return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
+
+    return describe(tuple(args)), describe(kwargs)
+
+
+def log_prob_sum(trace: poutine.Trace) -> Tensor:
+    """Return the trace's log density, all scales and masks applied, as a tensor; each site keeps its `log_prob`."""
+    trace.compute_log_prob()
+    return torch.as_tensor(trace.log_prob_sum())
+
+
+def is_data(site: dict[str, Any]) -> bool:
+    """Whether a site of a trace is observed data (not a deterministic, which Pyro also marks as observed)."""
+    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
+
+
+def is_latent(site: dict[str, Any]) -> bool:
+    """Whether a site of a trace is a latent variable (not the indices of a subsampled plate)."""
+    return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
+
+
+def _device(particle: Particle) -> torch.device:
+    for site in (*particle.guide.nodes.values(), *particle.model.nodes.values()):
+        if is_latent(site):
+            device: torch.device = site["value"].device
+            return device
+    return torch.get_default_device()
+
+
+def _inspect(particle: Particle) -> Structure:
+    """Check that a pair can be fitted, and note its latents and subsampled plates."""
+    latents, subsamples = [], {}
+    for name, site in particle.model.nodes.items():
+        if is_latent(site):
+            if site["infer"].get("enumerate") == "parallel":
+                raise ValueError(
+                    f"site {name!r} is enumerated, which this objective does not sum over: "
+                    "use pyro.infer.TraceEnum_ELBO with Pyro's SVI"
+                )
+            if name not in particle.guide.nodes:
+                raise ValueError(f"the guide has no site for the model's latent {name!r}; it must sample every latent")
+            latents.append(name)
+        elif is_data(site):
+            _check_data(name, site)
+    for name, site in particle.guide.nodes.items():
+        if is_latent(site) and not site["fn"].has_rsample:
+            raise ValueError(
+                f"the guide's site {name!r} ({type(site['fn']).__name__}) has no reparametrised draws; "
+                "use pyro.infer.TraceGraph_ELBO with Pyro's SVI"
+            )
+    for trace in particle:
+        for name, site in trace.nodes.items():
+            fn = site.get("fn")
+            if isinstance(fn, _Subsample) and fn.subsample_size is not None and fn.subsample_size < fn.size:
+                subsamples[name] = (fn.size, fn.subsample_size)
+    if not latents:
+        raise ValueError("the model has no latent variables: there is no posterior to fit")
+    return Structure(particle, tuple(latents), subsamples)
+
+
+def _check_data(name: str, site: dict[str, Any]) -> None:
+    value, mask = site["value"], site["mask"]
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return
+    missing = value.isnan().flatten(value.dim() - site["fn"].event_dim).any(-1) if site["fn"].event_dim else value.isnan()
+    if isinstance(mask, Tensor):
+        missing = missing & mask
+    if mask is not False and bool(missing.any()):
+        raise ValueError(
+            f"the data of site {name!r} hold {int(missing.sum())} NaN; drop them, or hide them with poutine.mask"
+        )

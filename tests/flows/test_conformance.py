@@ -1,0 +1,98 @@
+"""Every flow and every named stack keeps the contract that `check_flow` checks."""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+
+from pyro_nf.flows import (
+    Additive,
+    Affine,
+    Autoregressive,
+    Coupling,
+    ElementwiseAffine,
+    Flow,
+    Gated,
+    Inverse,
+    LowerTriangularAffine,
+    Permutation,
+    Planar,
+    Radial,
+    Sequential,
+    stacks,
+)
+from pyro_nf.testing import check_flow
+
+FLOWS: dict[str, Callable[..., Flow]] = {
+    "ElementwiseAffine": ElementwiseAffine,
+    "LowerTriangularAffine": LowerTriangularAffine,
+    "Planar": Planar,
+    "Radial": Radial,
+    "Coupling-affine": Coupling,
+    "Coupling-additive": partial(Coupling, transformer=Additive()),
+    "Coupling-gated": partial(Coupling, transformer=Gated()),
+    "Inverse-Planar": lambda dim, context_dim: Inverse(Planar(dim, context_dim)),
+    "Sequential-mixed": lambda dim, context_dim: Sequential(
+        ElementwiseAffine(dim), Permutation(range(dim)[::-1]), Radial(dim, context_dim)
+    ),
+}
+AUTOREGRESSIVE: dict[str, Callable[..., Flow]] = {
+    "affine": Autoregressive,
+    "additive": partial(Autoregressive, transformer=Additive()),
+    "gated": partial(Autoregressive, transformer=Gated()),
+    "deep": partial(Autoregressive, transformer=Affine(), hidden_dims=(8, 12, 8)),
+}
+sizes = pytest.mark.parametrize(("dim", "context_dim"), [(d, c) for d in (1, 2, 5) for c in (0, 3)])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@sizes
+@pytest.mark.parametrize("make", FLOWS.values(), ids=FLOWS)
+def test_flow(make: Callable[..., Flow], dim: int, context_dim: int) -> None:
+    factory = partial(make, dim, context_dim=context_dim)
+    identity = not any(isinstance(part, Permutation) for part in factory().modules()) or dim == 1
+    check_flow(factory(), factory=factory, identity=identity)
+
+
+@sizes
+@pytest.mark.parametrize("make", AUTOREGRESSIVE.values(), ids=AUTOREGRESSIVE)
+def test_autoregressive(make: Callable[..., Flow], dim: int, context_dim: int) -> None:
+    factory = partial(make, dim, context_dim=context_dim)
+    check_flow(factory(), factory=factory, triangular="lower")
+
+
+@sizes
+@pytest.mark.parametrize("name", stacks.names())
+def test_stack(name: str, dim: int, context_dim: int) -> None:
+    factory = partial(stacks.make, name, dim, depth=2, context_dim=context_dim)
+    check_flow(factory(), factory=factory)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_permutation(dim: int) -> None:
+    check_flow(Permutation([*range(1, dim), 0]), identity=dim == 1)
+
+
+@pytest.mark.parametrize("name", stacks.names())
+def test_conditioned(name: str) -> None:
+    check_flow(stacks.make(name, 3, depth=2, context_dim=4).condition(torch.randn(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("name", stacks.names())
+def test_wide(name: str, context_dim: int) -> None:
+    check_flow(stacks.make(name, 32, depth=2, context_dim=context_dim))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("name", stacks.names())
+def test_compiled(name: str, context_dim: int) -> None:
+    fast = "inverse" if name == "maf" else "forward"
+    check_flow(stacks.make(name, 5, depth=2, context_dim=context_dim), compile=fast)

@@ -1,0 +1,149 @@
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+
+from pyro_nf.guides import AutoFlow
+from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.result import Evaluation
+from pyro_nf.inference.schedule import PlateauSchedule
+
+X = torch.linspace(-1, 1, 20)
+Y = 0.5 + 2.0 * X
+
+
+def linear_gaussian(x, y):
+    """y ~ N(a + b x, 1), a, b ~ N(0, 2^2): the evidence is a normal density."""
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
+
+
+def log_evidence(x, y):
+    design = torch.stack([torch.ones_like(x), x], -1)
+    cov = torch.eye(len(x)) + 4.0 * design @ design.T
+    return float(dist.MultivariateNormal(torch.zeros(len(x)), cov).log_prob(y))
+
+
+@pytest.mark.parametrize("guide_class", [AutoFlow, AutoMultivariateNormal])
+def test_it_finds_the_evidence_and_stops_by_itself(guide_class):
+    guide = guide_class(linear_gaussian)
+    result = FlowSVI(linear_gaussian, guide, seed=0, progress=False).run(X, Y)
+    assert abs(result.elbo - log_evidence(X, Y)) < 0.02
+    assert result.converged
+    assert "plateau" in result.stop_reason
+    assert result.steps < 10_000
+    assert result.num_skipped == 0
+    assert result.history.shape == (result.steps,)
+    assert "ELBO" in str(result)
+
+
+def test_a_mean_field_guide_ends_at_its_own_optimum():
+    result = FlowSVI(linear_gaussian, AutoNormal(linear_gaussian), seed=0, progress=False).run(X, Y)
+    # a and b are orthogonal in this design, so that the posterior factorises.
+    assert abs(result.elbo - log_evidence(X, Y)) < 0.02
+
+
+def test_runs_with_one_seed_are_equal_bit_for_bit_and_leave_the_global_state():
+    results = []
+    for _ in range(2):
+        pyro.clear_param_store()
+        state = torch.get_rng_state()
+        guide = AutoFlow(linear_gaussian)
+        results.append(FlowSVI(linear_gaussian, guide, seed=5, progress=False, max_steps=60).run(X, Y))
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.randn(3)
+    assert torch.equal(results[0].losses, results[1].losses)
+    assert results[0].elbo == results[1].elbo
+
+
+def test_max_steps_is_said_not_to_be_convergence():
+    result = FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), seed=0, progress=False, max_steps=30).run(X, Y)
+    assert not result.converged
+    assert "max_steps=30" in result.stop_reason
+    assert result.steps == 30
+
+
+def test_hand_written_guide_and_model_parameters_are_fitted():
+    def model():
+        scale = pyro.param("scale", torch.tensor(5.0), constraint=dist.constraints.positive)
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Normal(0.0, scale).expand((50,)).to_event(1), obs=torch.full((50,), 2.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(1.0))
+        pyro.sample("z", dist.Normal(loc, 1.0))
+
+    FlowSVI(model, guide, seed=0, progress=False, learning_rate=0.05, max_steps=500).run()
+    assert math.isclose(float(pyro.param("scale").detach()), 2.0, rel_tol=0.02)
+    assert abs(float(pyro.param("loc").detach())) < 0.01
+
+
+def test_non_finite_steps_are_skipped_counted_and_harmless():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        # Infinite wherever a draw falls below -2.4: some of the steps, and never the optimum's centre.
+        pyro.factor("wall", torch.where(z > -2.4, 0.0, -math.inf))
+
+    result = FlowSVI(model, AutoNormal(model), seed=0, progress=False, num_particles=16, max_steps=400).run()
+    assert 0 < result.num_skipped < 400
+    guide = AutoNormal(model)
+    guide()
+    assert all(torch.isfinite(p).all() for p in guide.parameters())
+
+
+def test_a_run_without_a_finite_step_ends_early_and_names_the_site():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("broken", dist.Normal(z, 1.0), obs=torch.tensor(math.inf))
+
+    guide = AutoNormal(model)
+    guide()
+    before = [p.detach().clone() for p in guide.parameters()]
+    result = FlowSVI(model, guide, seed=0, progress=False).run()
+    assert result.stop_reason.startswith("failed")
+    assert "broken" in result.stop_reason
+    assert not result.converged
+    assert result.steps <= 200
+    assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["num_particles", "learning_rate", "max_steps", "eval_every", "clip_norm"])
+def test_bad_numbers_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must be positive; got 0"):
+        FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), **{name: 0})
+
+
+def test_a_model_without_parameters_anywhere_is_refused():
+    def guide(x, y):
+        pyro.sample("a", dist.Normal(0.0, 1.0))
+        pyro.sample("b", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(ValueError, match="neither model nor guide has a parameter"):
+        FlowSVI(linear_gaussian, guide, progress=False).run(X, Y)
+
+
+def test_schedule_warms_up_holds_and_cools_down_to_zero():
+    schedule = PlateauSchedule(1.0, max_steps=1000, warmup_steps=10, patience=2)
+    assert schedule.rate(0) == pytest.approx(0.1)
+    assert schedule.rate(100) == 1.0
+    rising = [Evaluation(100 * i, float(i), 0.01) for i in range(4)]
+    schedule.observe(rising)
+    assert schedule.last_step == 1000
+    flat = [*rising, Evaluation(400, 3.0, 0.01), Evaluation(500, 3.0, 0.01)]
+    schedule.observe(flat)
+    assert schedule.plateau_step == 500
+    assert schedule.last_step == 750
+    assert schedule.rate(625) == pytest.approx(0.5)
+    assert schedule.rate(749) < 0.001
+
+
+def test_schedule_cools_down_in_time_without_a_plateau():
+    schedule = PlateauSchedule(1.0, max_steps=900)
+    rates = [schedule.rate(step) for step in range(900)]
+    assert rates[599] == 1.0
+    assert rates[-1] < 0.001

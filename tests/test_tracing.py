@@ -1,0 +1,142 @@
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_nf.tracing import Program, log_prob_sum
+
+X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+
+
+def regression(x, y=None):
+    beta = pyro.sample("beta", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=x.sum(-1) if y is None else y)
+
+
+def densities(particle):
+    return {"log_p": log_prob_sum(particle.model), "beta": particle.model.nodes["beta"]["value"]}
+
+
+def test_draws_are_independent_and_need_no_broadcasting():
+    program = Program(regression, AutoNormal(regression))
+    result = program.map(densities, 8, (X,), {})
+    assert result["beta"].shape == (8, 3)
+    assert len(result["beta"].unique(dim=0)) == 8
+    expected = torch.stack(
+        [
+            dist.Normal(0.0, 1.0).log_prob(beta).sum() + dist.Normal(X @ beta, 1.0).log_prob(X.sum(-1)).sum()
+            for beta in result["beta"]
+        ]
+    )
+    assert torch.allclose(result["log_p"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prior", [dist.Gamma(2.0, 1.0), dist.StudentT(3.0), dist.Cauchy(0.0, 1.0), dist.Exponential(1.0), dist.Uniform(0, 1)]
+)
+def test_every_reparametrised_draw_differs_between_particles(prior):
+    def model():
+        pyro.sample("x", prior)
+
+    def guide():
+        pyro.sample("x", prior)
+
+    result = Program(model, guide).map(lambda p: {"x": p.model.nodes["x"]["value"]}, 6, (), {})
+    assert len(result["x"].unique()) == 6
+
+
+def test_a_subsampled_plate_is_shared_by_the_draws_and_fresh_at_each_call():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 1000, subsample_size=5) as rows:
+            pyro.deterministic("rows_seen", rows)
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(5))
+
+    program = Program(model, AutoNormal(model))
+    seen = [program.map(lambda p: {"rows": p.model.nodes["rows_seen"]["value"]}, 4, (), {})["rows"] for _ in range(2)]
+    assert (seen[0] == seen[0][0]).all()
+    assert (seen[0] != seen[1]).any()
+
+
+def test_a_model_that_cannot_be_batched_runs_draw_by_draw_with_a_warning():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(abs(z.item()), 1.0), obs=torch.zeros(()))
+
+    program = Program(model, AutoNormal(model))
+    with pytest.warns(UserWarning, match="cannot be batched over draws"):
+        result = program.map(lambda p: {"log_p": log_prob_sum(p.model)}, 5, (), {})
+    assert len(result["log_p"].unique()) == 5
+
+
+def test_the_score_is_the_gradient_at_a_fixed_draw(float64):
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    def guide():
+        loc = pyro.param("loc", torch.tensor(0.5))
+        pyro.sample("z", dist.Normal(loc, 2.0))
+
+    program = Program(model, guide)
+    result = program.map(
+        lambda p: {"score": program.score(p, (), {}), "z": p.guide.nodes["z"]["value"].detach()}, 4, (), {}
+    )
+    (grad,) = torch.autograd.grad(result["score"].sum(), pyro.param("loc").unconstrained())
+    assert torch.allclose(grad, ((result["z"] - 0.5) / 4).sum())
+
+
+def test_a_model_error_that_is_no_batching_problem_is_raised():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        if x.shape == (2,):
+            raise RuntimeError("boom")
+        pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(RuntimeError, match="boom"):
+        Program(model, AutoNormal(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)))).map(
+            densities, 2, (torch.zeros(2),), {}
+        )
+
+
+def bad_data(x):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        pyro.sample("height", dist.Normal(z, 1.0), obs=x)
+
+
+def no_latent():
+    pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(1.0))
+
+
+def one_latent():
+    pyro.sample("z", dist.Normal(0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "guide", "args", "message"),
+    [
+        (bad_data, AutoNormal(bad_data), (torch.tensor([1.0, float("nan")]),), "data of site 'height' hold 1 NaN"),
+        (no_latent, lambda: None, (), "no latent variables"),
+        (one_latent, lambda: None, (), "no site for the model's latent 'z'"),
+        (
+            one_latent,
+            lambda: pyro.sample("z", dist.Bernoulli(0.5)),
+            (),
+            r"guide's site 'z' \(Bernoulli\) has no reparametrised draws",
+        ),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_a_sentence(model, guide, args, message):
+    with pytest.raises(ValueError, match=message):
+        Program(model, guide).structure(args, {})
+
+
+def test_masked_nan_is_accepted():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=~x.isnan()):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x)
+
+    Program(model, AutoNormal(model)).structure((torch.tensor([1.0, float("nan")]),), {})
