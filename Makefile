@@ -31,7 +31,7 @@ gpu: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --package pyro_nf
 
 clean:
 	rm -rf $(VENV) build demo *.egg-info

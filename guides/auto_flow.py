@@ -103,7 +103,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return latent
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        return AutoContinuous._unpack_latent(self, latent)
+        yield from AutoContinuous._unpack_latent(self, latent)
 
     def _pack_latent(self, parts: list[Tensor]) -> Tensor:
         return torch.cat([part.reshape(-1) for part in parts])

@@ -1,6 +1,7 @@
 """Base distributions of flow guides: modules that make one at each call, from their present parameters."""
 
 import difflib
+from collections.abc import Callable
 from typing import Any
 
 import pyro.distributions as dist
@@ -50,7 +51,7 @@ class StudentTBase(nn.Module):
         return dist.StudentT(df, zeros, torch.ones_like(df)).to_event(1)
 
 
-_BASES = {"normal": NormalBase, "student_t": StudentTBase}
+_BASES: dict[str, Callable[[int], nn.Module]] = {"normal": NormalBase, "student_t": StudentTBase}
 
 
 def check_base(name: str) -> None:

@@ -99,6 +99,9 @@ class FlowGuide(AutoGuide):
     `_unpack_latent`); everything in the model's own space follows.
     """
 
+    prototype_trace: Any
+    _prototype_frames: Any
+
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""
         raise NotImplementedError

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import pyro
 import pyro.distributions as dist
-import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 

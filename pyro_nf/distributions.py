@@ -1,6 +1,6 @@
 """Distributions made of a base and a flow, sampled and scored in one pass."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -38,7 +38,7 @@ class FlowDistribution(TorchDistribution):
         True
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ScoredDraw(TorchDistribution):
         posterior: The distribution to draw from.
     """
 
-    arg_constraints: dict[str, constraints.Constraint] = {}
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
 
     def __init__(self, posterior: FlowDistribution) -> None:
         super().__init__(posterior.batch_shape, posterior.event_shape, validate_args=False)

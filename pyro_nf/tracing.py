@@ -258,7 +258,9 @@ def _check_data(name: str, site: dict[str, Any]) -> None:
     value, mask = site["value"], site["mask"]
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         return
-    missing = value.isnan().flatten(value.dim() - site["fn"].event_dim).any(-1) if site["fn"].event_dim else value.isnan()
+    missing = (
+        value.isnan().flatten(value.dim() - site["fn"].event_dim).any(-1) if site["fn"].event_dim else value.isnan()
+    )
     if isinstance(mask, Tensor):
         missing = missing & mask
     if mask is not False and bool(missing.any()):

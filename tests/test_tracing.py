@@ -34,7 +34,8 @@ def test_draws_are_independent_and_need_no_broadcasting():
 
 
 @pytest.mark.parametrize(
-    "prior", [dist.Gamma(2.0, 1.0), dist.StudentT(3.0), dist.Cauchy(0.0, 1.0), dist.Exponential(1.0), dist.Uniform(0, 1)]
+    "prior",
+    [dist.Gamma(2.0, 1.0), dist.StudentT(3.0), dist.Cauchy(0.0, 1.0), dist.Exponential(1.0), dist.Uniform(0, 1)],
 )
 def test_every_reparametrised_draw_differs_between_particles(prior):
     def model():

@@ -53,12 +53,16 @@ def local_evidence(
     """
     program = Program(model, guide)
     require_whole_data(program, args, kwargs)
-    sites = [(name, site) for name, site in program.structure(args, kwargs).particle.model.nodes.items() if _counts(site)]
+    sites = [
+        (name, site) for name, site in program.structure(args, kwargs).particle.model.nodes.items() if _counts(site)
+    ]
     plates = {tuple(frame.name for frame in site["cond_indep_stack"]) for _, site in sites}
     if len(plates) != 1 or len(next(iter(plates))) != 1:
         raise ValueError(
             "local_evidence takes models whose sites all stand in one plate; got "
-            + ", ".join(f"{name!r} in {[f.name for f in site['cond_indep_stack']] or 'no plate'}" for name, site in sites)
+            + ", ".join(
+                f"{name!r} in {[f.name for f in site['cond_indep_stack']] or 'no plate'}" for name, site in sites
+            )
         )
 
     def log_weights(particle: Particle) -> dict[str, Tensor]:

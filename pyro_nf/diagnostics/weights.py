@@ -110,11 +110,13 @@ def diagnose(
 
 def judge(log_weights: Floats) -> Diagnosis:
     """Judge log weights `(num_sets, num_samples)`, as `diagnose` does."""
-    num_sets, num_samples = log_weights.shape
+    num_samples = log_weights.shape[-1]
     threshold = min(1 - 1 / math.log10(num_samples), 0.7)
     bad = ~np.isfinite(log_weights)
     if bad.any() and not (np.isneginf(log_weights) & bad).sum() == bad.sum():
-        raise ValueError(f"{int(bad.sum())} draws have a NaN or infinite weight: the guide or the model is broken there")
+        raise ValueError(
+            f"{int(bad.sum())} draws have a NaN or infinite weight: the guide or the model is broken there"
+        )
     normalised = log_weights - _log_sum_exp(log_weights)[:, None]
     ess = float(np.median(np.exp(-_log_sum_exp(2 * normalised))))
     khat = float(np.median([pareto_smooth(row)[1] for row in log_weights]))

@@ -162,7 +162,7 @@ class FlowSVI:
         return params
 
     def _watch(self, losses: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
-        """Evaluate on the way: on fresh draws, or, where data are subsampled, by the fresh minibatches of late steps."""
+        """Evaluate on the way: on fresh draws or, where data are subsampled, by the minibatches of late steps."""
         if self.program.structure(args, kwargs).subsamples:
             return _evaluation(len(losses), -torch.stack(losses[-self.eval_every :]))
         return self._evaluate(len(losses), args, kwargs)

@@ -167,7 +167,9 @@ def test_median_and_quantiles_of_a_known_posterior():
     assert torch.allclose(torch.stack([low, guide.median()["x"], high]), truth, rtol=0.05)
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda guide: pickle.loads(pickle.dumps(guide))], ids=["copy", "pickle"]
+)
 def test_copies_draw_the_same_and_leave_the_original_whole(how):
     guide = AutoFlow(regression, Planar(4))
     guide.sample_posterior(1, X, Y)  # a call under Pyro's handlers would leave weak references on the parameters
@@ -196,7 +198,7 @@ def no_latents():
 
 
 def test_bad_input_gets_a_sentence():
-    with pytest.raises(ValueError, match="flow must be one of .* got 'realnpv'; did you mean 'realnvp'"):
+    with pytest.raises(ValueError, match=r"flow must be one of .* got 'realnpv'; did you mean 'realnvp'"):
         AutoFlow(regression, "realnpv")
     with pytest.raises(ValueError, match="flow must be a name, a Flow or a factory"):
         AutoFlow(regression, 3)

@@ -1,4 +1,4 @@
-"""`check_flow`: a conformance suite for any flow, and for any torch or Pyro transform of R^n with parameters.
+"""The checks behind `check_flow`, one function each.
 
 How errors are measured. Everything is computed in float64, and the error of a point or a log-determinant counts
 relative to 1 + its size. The limit, `TOLERANCE`, lies 8 digits above float64's rounding unit, so that a right formula
@@ -13,11 +13,9 @@ import math
 import pickle
 import textwrap
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -33,138 +31,6 @@ ROUNDING = 64 * torch.finfo(torch.float64).eps
 INTEGRAL_TOLERANCE = 1e-3
 # Parameters as they came, or normal of this standard deviation.
 INITIAL, MODERATE, RANDOM, WILD = 0.0, 0.3, 1.0, 5.0
-
-
-@dataclass(frozen=True)
-class FlowReport:
-    """What `check_flow` measured.
-
-    Args:
-        flow: Name of the flow's class.
-        figures: The largest error that each check saw; NaN where there was none to compute.
-        limits: The limit of each error.
-        failures: A sentence for each failure; empty if the flow keeps its contract.
-    """
-
-    flow: str
-    figures: dict[str, float]
-    limits: dict[str, float]
-    failures: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Return a table of the figures, and the failures below it."""
-        rows = [f"  {name:<20} {self.figures[name]:8.1e}  (limit {self.limits[name]:.0e})" for name in self.figures]
-        return "\n".join([self.flow, *rows, *self.failures])
-
-
-class FlowError(AssertionError):
-    """A flow breaks its contract: the message has a sentence for each failure, `report` all figures."""
-
-    def __init__(self, report: FlowReport) -> None:
-        super().__init__("\n  ".join([f"{report.flow} breaks its contract:", *report.failures]))
-        self.report = report
-
-
-def check_flow(
-    flow: TransformModule,
-    *,
-    event_shape: tuple[int, ...] | None = None,
-    identity: bool = True,
-    triangular: Literal["lower", "upper"] | None = None,
-    factory: Callable[[], TransformModule] | None = None,
-    compile: Literal["forward", "inverse"] | None = None,  # noqa: A002 - as torch calls it
-    seed: int = 0,
-) -> FlowReport:
-    r"""Check that a flow keeps its contract, and say where it does not.
-
-    The flow is copied, so that it stays as it is; so does the global random state. The checks run at the parameters as
-    they came, at parameters `~ N(0, 1)` and `~ N(0, 5^2)`; at standard normal points, the same times 10, 100 and 1000,
-    zero, and every parameter that has the shape of a point (the centre of a radial flow); in both directions:
-
-    - log-determinants are those of autograd's Jacobian, and cancel in a round trip;
-    - `f(f^{-1}(y)) = y` and `f^{-1}(f(x)) = x`; the joint score of a draw is the score of this draw;
-    - gradients are finite and agree with finite differences; in 1 and 2 dimensions the density integrates to 1;
-    - dtype, device and batch shape are kept, contexts broadcast, `vmap` gives the same;
-    - parameters are registered and of influence; there is no cache; copies and pickles give the same; torch's and
-      Pyro's `TransformedDistribution` can score any point.
-
-    Args:
-        flow: A `Flow`, or another transform module with domain and codomain R^n.
-        event_shape: Shape of one point; `None` to ask the flow (`event_shape`, or Pyro's `input_dim`).
-        identity: Whether the flow is the identity at the parameters as they came.
-        triangular: Shape of the Jacobian, for autoregressive flows.
-        factory: Makes another flow of this architecture, into which the `state_dict` has to load.
-        compile: Direction that `torch.compile(fullgraph=True)` has to leave unchanged; takes a while.
-        seed: Seed of points and parameters.
-
-    Returns:
-        The largest error that each check saw.
-
-    Raises:
-        FlowError: If a check fails, after all have run.
-        ValueError: If the shape of a point is not known.
-
-    Example:
-        >>> from pyro_nf.flows import Planar
-        >>> check_flow(Planar(3)).failures
-        ()
-    """
-    if event_shape is None:
-        width: Any = getattr(flow, "input_dim", None)
-        event_shape = getattr(flow, "event_shape", None if width is None else (width,))
-    if event_shape is None or len(event_shape) != flow.domain.event_dim:
-        raise ValueError(
-            f"event_shape of a {type(flow).__name__} must have {flow.domain.event_dim} sizes; got {event_shape}"
-        )
-    every = (INITIAL, RANDOM, WILD)
-    checks = []
-    for name, inverse in (("forward", False), ("inverse", True)):
-        checks += [
-            _Check(f"{name} log-det", "differs from autograd's", partial(_log_det, inverse=inverse), every),
-            _Check(f"{name} round trip", "misses the start", partial(_round_trip, inverse=inverse), every),
-            _Check(f"{name} precision", "", partial(_precision, inverse=inverse), every),
-            _Check(f"{name} gradcheck", "", partial(_gradcheck, inverse=inverse)),
-            _Check(f"{name} shapes", "differ from one point after another", partial(_shapes, inverse=inverse)),
-            _Check(f"{name} cache", "differs from a fresh copy", partial(_cache, inverse=inverse)),
-            _Check(
-                f"{name} vmap", "differs from the batch", partial(_transformed, inverse=inverse, by=torch.func.vmap)
-            ),
-        ]
-    checks += [
-        _Check("sum of log-dets", "of both directions is not 0", _cancel, every),
-        _Check("joint score", "differs from the score of the draw", _joint_score, every),
-        _Check("parameters", "", _parameters),
-        _Check("copies", "differ from the original", partial(_copies, factory=factory), limit=0.0),
-        _Check("distributions", "of torch and Pyro score differently", _distributions),
-    ]
-    if math.prod(event_shape) <= 2:
-        checks.append(_Check("density", "has an integral off 1", _integral, (MODERATE,), INTEGRAL_TOLERANCE))
-    if identity:
-        checks.append(_Check("identity", "is missed", _identity, (INITIAL,)))
-    if triangular is not None:
-        fault = f"is not {triangular} triangular"
-        checks.append(_Check("Jacobian", fault, partial(_triangular, kind=triangular), limit=0.0))
-    if compile is not None:
-        compiled = partial(_transformed, inverse=compile == "inverse", by=_compiled)
-        checks.append(_Check(f"{compile} compile", "differs from the plain call", compiled))
-
-    figures: dict[str, float] = {}
-    failures: dict[str, list[str]] = defaultdict(list)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
-        cases = {scale: _Case.make(flow, event_shape, scale, seed) for scale in (*every, MODERATE)}
-        for check in checks:
-            for case in map(cases.__getitem__, check.scales):
-                figure, failure = check.run(case)
-                if figure is not None:
-                    figures[check.name] = _largest([figures.get(check.name, 0.0), figure])
-                if failure is not None:
-                    failures[f"{check.name} {failure}"].append(case.name)
-    sentences = tuple(f"{failure} (parameters {', '.join(names)})" for failure, names in failures.items())
-    limits = {check.name: check.limit for check in checks if check.name in figures}
-    report = FlowReport(type(flow).__name__, figures, limits, sentences)
-    if failures:
-        raise FlowError(report)
-    return report
 
 
 class _BreachError(Exception):
@@ -190,7 +56,7 @@ class _Maps(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """A flow at some parameters, with points `(n, *event_shape)` and contexts `(n, context_dim)` to try it on."""
 
     name: str
@@ -202,7 +68,8 @@ class _Case:
     event_dim: int
 
     @staticmethod
-    def make(flow: TransformModule, event_shape: tuple[int, ...], scale: float, seed: int) -> "_Case":
+    def make(flow: TransformModule, event_shape: tuple[int, ...], scale: float, seed: int) -> "Case":
+        """Copy a flow, set its parameters to this scale, and draw points for it."""
         torch.manual_seed(seed)
         maps = _Maps(copy.deepcopy(flow)).double()
         parameters = list(maps.parameters())
@@ -222,7 +89,7 @@ class _Case:
         width = getattr(flow, "context_dim", 0)
         context = torch.randn(len(all_points), width, dtype=torch.float64).to(device) if width else None
         name = "as they came" if scale == INITIAL else f"~ N(0, {scale:g}^2)"
-        return _Case(name, scale == WILD, maps, neighbours, all_points, context, len(event_shape))
+        return Case(name, scale == WILD, maps, neighbours, all_points, context, len(event_shape))
 
     def maps(self) -> _Maps:
         """Return the flow, in a copy of its own for each check."""
@@ -246,16 +113,16 @@ class _Case:
 
 
 @dataclass(frozen=True)
-class _Check:
+class Check:
     """One thing that must hold: `measure` returns an error, at most `limit`, or raises; `fault` says what is wrong."""
 
     name: str
     fault: str
-    measure: Callable[[_Case], float | None]
+    measure: Callable[[Case], float | None]
     scales: tuple[float, ...] = (RANDOM,)
     limit: float = TOLERANCE
 
-    def run(self, case: _Case) -> tuple[float | None, str | None]:
+    def run(self, case: Case) -> tuple[float | None, str | None]:
         """Return the error if there is one, and what to say if it is too large."""
         try:
             error = self.measure(case)
@@ -279,24 +146,25 @@ def _error(got: Tensor, wanted: Tensor, rounding: Tensor | float = 0.0) -> float
         raise _BreachError(f"must have shape {tuple(wanted.shape)}; got {tuple(got.shape)}")
     # The ratio form of |got - wanted| <= TOLERANCE (1 + |wanted|) + rounding. Where rounding is infinite, it is NaN.
     error = (_size(got - wanted) + 0 * rounding) / (1 + _size(wanted) + rounding / TOLERANCE)
-    return _largest(error.tolist())
+    return largest(error.tolist())
 
 
-def _largest(errors: Iterable[float]) -> float:
+def largest(errors: Iterable[float]) -> float:
     """The largest error, or NaN if there is one."""
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
 
 
-def _jacobian(case: _Case, inverse: bool) -> tuple[Tensor, Tensor]:
+def _jacobian(case: Case, inverse: bool) -> tuple[Tensor, Tensor]:
     """Return the log-determinants and, by autograd, the Jacobians `(n, dim, dim)`."""
     point = case.points.clone().requires_grad_()
     value, log_det = case.maps()(point, case.context, inverse)
-    # Points do not mix (see `_shapes`), so one backward pass gives a row of every Jacobian.
+    # Points do not mix (see `shapes`), so one backward pass gives a row of every Jacobian.
     rows = [torch.autograd.grad(y.sum(), point, retain_graph=True)[0].flatten(1) for y in value.flatten(1).unbind(1)]
     return log_det, torch.stack(rows, 1)
 
 
-def _log_det(case: _Case, inverse: bool) -> float:
+def log_det(case: Case, inverse: bool) -> float:
+    """The log-determinant against autograd's."""
     log_det, jacobian = _jacobian(case, inverse)
     wanted = torch.linalg.slogdet(jacobian)[1]
     # The entries of autograd's Jacobian are rounded as well.
@@ -304,33 +172,38 @@ def _log_det(case: _Case, inverse: bool) -> float:
     return _error(log_det, wanted, torch.stack([(other - wanted).abs() for other in near]).amax(0))
 
 
-def _triangular(case: _Case, kind: str) -> float:
+def triangular(case: Case, kind: str) -> float:
+    """The largest entry of the Jacobian where it must be zero."""
     _, jacobian = _jacobian(case, inverse=False)
     return float((jacobian.triu(1) if kind == "lower" else jacobian.tril(-1)).abs().max())
 
 
-def _round_trip(case: _Case, inverse: bool) -> float:
+def round_trip(case: Case, inverse: bool) -> float:
+    """There and back again."""
     maps, context = case.maps(), case.context
     there = maps(case.points, context, inverse)[0].detach()
     rounding = case.rounding(lambda maps, point: maps(point, context, not inverse)[0], there)
     return _error(maps(there, context, not inverse)[0], case.points, rounding)
 
 
-def _cancel(case: _Case) -> float:
+def cancel(case: Case) -> float:
+    """The log-determinants of there and back sum to zero."""
     maps, context = case.maps(), case.context
     y, log_det = (result.detach() for result in maps(case.points, context))
     rounding = case.rounding(lambda maps, point: maps(point, context, inverse=True)[1], y)
     return _error(-maps(y, context, inverse=True)[1], log_det, rounding)
 
 
-def _joint_score(case: _Case) -> float:
+def joint_score(case: Case) -> float:
+    """The density that comes with a draw is the density of the draw."""
     maps = case.maps()
     y, log_det = (result.detach() for result in maps(case.points, case.context))
     return _error(case.score(maps, y), case.log_base(case.points) - log_det, case.rounding(case.score, y))
 
 
 @torch.no_grad()
-def _integral(case: _Case) -> float:
+def integral(case: Case) -> float:
+    """The density sums to 1 over a grid."""
     maps, shape = case.maps(), case.points.shape[1:]
     context = None if case.context is None else case.context[0]
     # The grid covers the image of a box that holds all but 1e-9 of the base's mass.
@@ -345,7 +218,7 @@ def _integral(case: _Case) -> float:
     return abs(float((case.log_base(x) + log_det).exp().sum()) * cell - 1)
 
 
-def _precision(case: _Case, inverse: bool) -> None:
+def precision(case: Case, inverse: bool) -> None:
     """Values and gradients keep dtype and device, and are finite."""
     # In float32, in which flows are trained, not at parameters whose own size is far from any training.
     for dtype in (torch.float64,) if case.wild else (torch.float64, torch.float32):
@@ -368,7 +241,8 @@ def _precision(case: _Case, inverse: bool) -> None:
                 )
 
 
-def _gradcheck(case: _Case, inverse: bool) -> None:
+def gradcheck(case: Case, inverse: bool) -> None:
+    """Gradients to input, context and parameters against finite differences."""
     maps = case.maps()
     given = [case.points[:2]] if case.context is None else [case.points[:2], case.context[:2]]
     parameters = {name: p for name, p in maps.named_parameters() if p.requires_grad}
@@ -385,7 +259,7 @@ def _gradcheck(case: _Case, inverse: bool) -> None:
     torch.autograd.gradcheck(function, inputs, fast_mode=True)
 
 
-def _shapes(case: _Case, inverse: bool) -> float:
+def shapes(case: Case, inverse: bool) -> float:
     """Batch shapes, and contexts that broadcast over them, against one point after another."""
     maps, event, errors = case.maps(), case.points.shape[1:], []
     shapes: list[tuple[tuple[int, ...], ...]] = [((), ()), ((1,), (1,)), ((2, 3), (2, 3)), ((0,), (0,))]
@@ -407,10 +281,11 @@ def _shapes(case: _Case, inverse: bool) -> float:
             single = maps(*(tensor[i] for tensor in expanded), inverse=inverse)
             got = value.reshape(-1, *event)[i], log_det.reshape(-1)[i]
             errors += [_error(g[None], s[None]) for g, s in zip(got, single, strict=True)]
-    return _largest(errors)
+    return largest(errors)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function by `torch.compile`, as a transformation for `transformed`."""
     torch.compiler.reset()  # each function compiled before counts as a recompilation
     compiled = torch.compile(function, fullgraph=True)
 
@@ -422,13 +297,15 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _transformed(case: _Case, inverse: bool, by: Callable[..., Any]) -> float:
+def transformed(case: Case, inverse: bool, by: Callable[..., Any]) -> float:
+    """The map under a transformation of functions (`vmap`, compilation) against the plain call."""
     maps, given = case.maps(), [case.points] if case.context is None else [case.points, case.context]
     got = by(lambda *given: maps(*given, inverse=inverse))(*given)
-    return _largest(map(_error, got, maps(*given, inverse=inverse)))
+    return largest(map(_error, got, maps(*given, inverse=inverse)))
 
 
-def _cache(case: _Case, inverse: bool) -> float:
+def cache(case: Case, inverse: bool) -> float:
+    """After an update of the parameters, the same input gives what a fresh copy gives."""
     maps = case.maps()
     maps(case.points, case.context, inverse)
     with torch.no_grad():
@@ -437,10 +314,10 @@ def _cache(case: _Case, inverse: bool) -> float:
     fresh = case.maps()
     fresh.load_state_dict(maps.state_dict())
     wanted = fresh(case.points.clone(), case.context, inverse)
-    return _largest(map(_error, maps(case.points, case.context, inverse), wanted))
+    return largest(map(_error, maps(case.points, case.context, inverse), wanted))
 
 
-def _parameters(case: _Case) -> None:
+def parameters(case: Case) -> None:
     """The registered parameters are the leaves of the graph, and each moves the result."""
     maps = case.maps()
     total = sum((result * torch.randn_like(result)).sum() for result in maps(case.points, case.context))
@@ -469,7 +346,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
             stack += [following for following, _ in node.next_functions]
 
 
-def _copies(case: _Case, factory: Callable[[], TransformModule] | None) -> float:
+def copies(case: Case, factory: Callable[[], TransformModule] | None) -> float:
     """Copies after a backward pass, and a fresh flow with the state of this one."""
     flow, given = case.maps().flow, (case.points, case.context)
     wanted = _Maps(flow)(*given)
@@ -480,10 +357,11 @@ def _copies(case: _Case, factory: Callable[[], TransformModule] | None) -> float
     if factory is not None:
         copies.append(factory().to(case.points))
         copies[-1].load_state_dict(flow.state_dict())
-    return _largest(error for other in copies for error in map(_error, _Maps(other)(*given), wanted))
+    return largest(error for other in copies for error in map(_error, _Maps(other)(*given), wanted))
 
 
-def _distributions(case: _Case) -> float:
+def distributions(case: Case) -> float:
+    """Torch's and Pyro's `TransformedDistribution` score any point as the flow does."""
     maps, errors = case.maps(), []
     transform: Any = maps.flow
     if case.context is not None:
@@ -493,12 +371,13 @@ def _distributions(case: _Case) -> float:
         law = package.TransformedDistribution(base, [transform])
         for value in (case.points.clone(), law.rsample(case.points.shape[:1]).detach()):
             errors.append(_error(law.log_prob(value), case.score(maps, value)))
-    return _largest(errors)
+    return largest(errors)
 
 
-def _identity(case: _Case) -> float:
+def identity(case: Case) -> float:
+    """Both directions leave a point where it is."""
     errors = []
     for inverse in (False, True):
         value, log_det = case.maps()(case.points, case.context, inverse)
         errors += [_error(value, case.points), _error(log_det, torch.zeros_like(log_det))]
-    return _largest(errors)
+    return largest(errors)

@@ -1,0 +1,153 @@
+"""`check_flow`: a conformance suite for any flow, and for any torch or Pyro transform of R^n with parameters."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from pyro.distributions import TransformModule
+
+from pyro_nf.testing import checks
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """What `check_flow` measured.
+
+    Args:
+        flow: Name of the flow's class.
+        figures: The largest error that each check saw; NaN where there was none to compute.
+        limits: The limit of each error.
+        failures: A sentence for each failure; empty if the flow keeps its contract.
+    """
+
+    flow: str
+    figures: dict[str, float]
+    limits: dict[str, float]
+    failures: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return a table of the figures, and the failures below it."""
+        rows = [f"  {name:<20} {self.figures[name]:8.1e}  (limit {self.limits[name]:.0e})" for name in self.figures]
+        return "\n".join([self.flow, *rows, *self.failures])
+
+
+class FlowError(AssertionError):
+    """A flow breaks its contract: the message has a sentence for each failure, `report` all figures."""
+
+    def __init__(self, report: FlowReport) -> None:
+        super().__init__("\n  ".join([f"{report.flow} breaks its contract:", *report.failures]))
+        self.report = report
+
+
+def check_flow(
+    flow: TransformModule,
+    *,
+    event_shape: tuple[int, ...] | None = None,
+    identity: bool = True,
+    triangular: Literal["lower", "upper"] | None = None,
+    factory: Callable[[], TransformModule] | None = None,
+    compile: Literal["forward", "inverse"] | None = None,  # noqa: A002 - as torch calls it
+    seed: int = 0,
+) -> FlowReport:
+    r"""Check that a flow keeps its contract, and say where it does not.
+
+    The flow is copied, so that it stays as it is; so does the global random state. The checks run at the parameters as
+    they came, at parameters `~ N(0, 1)` and `~ N(0, 5^2)`; at standard normal points, the same times 10, 100 and 1000,
+    zero, and every parameter that has the shape of a point (the centre of a radial flow); in both directions:
+
+    - log-determinants are those of autograd's Jacobian, and cancel in a round trip;
+    - `f(f^{-1}(y)) = y` and `f^{-1}(f(x)) = x`; the joint score of a draw is the score of this draw;
+    - gradients are finite and agree with finite differences; in 1 and 2 dimensions the density integrates to 1;
+    - dtype, device and batch shape are kept, contexts broadcast, `vmap` gives the same;
+    - parameters are registered and of influence; there is no cache; copies and pickles give the same; torch's and
+      Pyro's `TransformedDistribution` can score any point.
+
+    Args:
+        flow: A `Flow`, or another transform module with domain and codomain R^n.
+        event_shape: Shape of one point; `None` to ask the flow (`event_shape`, or Pyro's `input_dim`).
+        identity: Whether the flow is the identity at the parameters as they came.
+        triangular: Shape of the Jacobian, for autoregressive flows.
+        factory: Makes another flow of this architecture, into which the `state_dict` has to load.
+        compile: Direction that `torch.compile(fullgraph=True)` has to leave unchanged; takes a while.
+        seed: Seed of points and parameters.
+
+    Returns:
+        The largest error that each check saw.
+
+    Raises:
+        FlowError: If a check fails, after all have run.
+        ValueError: If the shape of a point is not known.
+
+    Example:
+        >>> from pyro_nf.flows import Planar
+        >>> check_flow(Planar(3)).failures
+        ()
+    """
+    if event_shape is None:
+        width: Any = getattr(flow, "input_dim", None)
+        event_shape = getattr(flow, "event_shape", None if width is None else (width,))
+    if event_shape is None or len(event_shape) != flow.domain.event_dim:
+        raise ValueError(
+            f"event_shape of a {type(flow).__name__} must have {flow.domain.event_dim} sizes; got {event_shape}"
+        )
+    every = (checks.INITIAL, checks.RANDOM, checks.WILD)
+    plan = []
+    for name, inverse in (("forward", False), ("inverse", True)):
+        plan += [
+            checks.Check(f"{name} log-det", "differs from autograd's", partial(checks.log_det, inverse=inverse), every),
+            checks.Check(f"{name} round trip", "misses the start", partial(checks.round_trip, inverse=inverse), every),
+            checks.Check(f"{name} precision", "", partial(checks.precision, inverse=inverse), every),
+            checks.Check(f"{name} gradcheck", "", partial(checks.gradcheck, inverse=inverse)),
+            checks.Check(
+                f"{name} shapes", "differ from one point after another", partial(checks.shapes, inverse=inverse)
+            ),
+            checks.Check(f"{name} cache", "differs from a fresh copy", partial(checks.cache, inverse=inverse)),
+            checks.Check(
+                f"{name} vmap",
+                "differs from the batch",
+                partial(checks.transformed, inverse=inverse, by=torch.func.vmap),
+            ),
+        ]
+    plan += [
+        checks.Check("sum of log-dets", "of both directions is not 0", checks.cancel, every),
+        checks.Check("joint score", "differs from the score of the draw", checks.joint_score, every),
+        checks.Check("parameters", "", checks.parameters),
+        checks.Check("copies", "differ from the original", partial(checks.copies, factory=factory), limit=0.0),
+        checks.Check("distributions", "of torch and Pyro score differently", checks.distributions),
+    ]
+    if math.prod(event_shape) <= 2:
+        plan.append(
+            checks.Check(
+                "density", "has an integral off 1", checks.integral, (checks.MODERATE,), checks.INTEGRAL_TOLERANCE
+            )
+        )
+    if identity:
+        plan.append(checks.Check("identity", "is missed", checks.identity, (checks.INITIAL,)))
+    if triangular is not None:
+        fault = f"is not {triangular} triangular"
+        plan.append(checks.Check("Jacobian", fault, partial(checks.triangular, kind=triangular), limit=0.0))
+    if compile is not None:
+        compiled = partial(checks.transformed, inverse=compile == "inverse", by=checks.compiled)
+        plan.append(checks.Check(f"{compile} compile", "differs from the plain call", compiled))
+
+    figures: dict[str, float] = {}
+    failures: dict[str, list[str]] = defaultdict(list)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+        cases = {scale: checks.Case.make(flow, event_shape, scale, seed) for scale in (*every, checks.MODERATE)}
+        for check in plan:
+            for case in map(cases.__getitem__, check.scales):
+                figure, failure = check.run(case)
+                if figure is not None:
+                    figures[check.name] = checks.largest([figures.get(check.name, 0.0), figure])
+                if failure is not None:
+                    failures[f"{check.name} {failure}"].append(case.name)
+    sentences = tuple(f"{failure} (parameters {', '.join(names)})" for failure, names in failures.items())
+    limits = {check.name: check.limit for check in plan if check.name in figures}
+    report = FlowReport(type(flow).__name__, figures, limits, sentences)
+    if failures:
+        raise FlowError(report)
+    return report
