@@ -38,7 +38,10 @@ class AmortizedFlow(FlowGuide):
             in one plate, or if the encoder's width is not the flow's `context_dim`.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.guides import AmortizedFlow
         >>> def model(x):
         ...     with pyro.plate("data", len(x), subsample_size=10) as batch:
         ...         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))

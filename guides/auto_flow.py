@@ -42,7 +42,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
             discrete ones, or local ones in a subsampled plate, or if the flow has another dimension.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.guides import AutoFlow
         >>> def model():
         ...     pyro.sample("sigma", dist.LogNormal(0.0, 1.0))
         >>> guide = AutoFlow(model)

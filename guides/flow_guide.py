@@ -1,5 +1,7 @@
 """What our guides share: draws, densities and quantiles in the model's own space."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +17,8 @@ from pyro_nf.tracing import is_latent
 
 # Draws behind medians and quantiles: a relative error of about 1% of a standard deviation.
 _QUANTILE_DRAWS = 10_000
+
+_COUNTERS: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 FlowLike = str | Flow | Callable[..., Flow]
 
@@ -101,6 +105,14 @@ class FlowGuide(AutoGuide):
 
     prototype_trace: Any
     _prototype_frames: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Pyro keeps parameters by name, and gives every guide of a class the same: a second one would take over the
+        # first one's parameters without a word. Here the first is AutoFlow, the next AutoFlow_1, ...
+        number = next(_COUNTERS[type(self).__name__])
+        if number > 0:
+            self._pyro_name = f"{self._pyro_name}_{number}"
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""

@@ -45,6 +45,8 @@ class DLGM(PyroModule):  # type: ignore[misc]
         models", arXiv:1401.4082, equations 1-4.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.models import DLGM
         >>> model = DLGM(data_dim=6, latent_dims=(2,), hidden_dims=(8,))
         >>> model(torch.zeros(10, 6), batch_size=4).shape
         torch.Size([4, 6])

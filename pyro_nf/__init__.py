@@ -8,3 +8,10 @@
 """
 
 __version__ = "0.1.0"
+
+from pathlib import Path as _Path
+
+# In a checkout, guides/ and models/ stand beside this folder, not in it (pyproject.toml maps them when it installs).
+# Python started there finds this folder first: let it find the other two as well.
+if not (_Path(__file__).parent / "guides").exists():
+    __path__.append(str(_Path(__file__).parent.parent))

@@ -30,6 +30,8 @@ class FlowDistribution(TorchDistribution):
 
     Example:
         >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.distributions import FlowDistribution
         >>> from pyro_nf.flows import stacks
         >>> base = dist.Normal(torch.zeros(3), 1.0).to_event(1)
         >>> q = FlowDistribution(base, stacks.make("realnvp", 3))

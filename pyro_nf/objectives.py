@@ -28,7 +28,9 @@ class ELBO(pyro.infer.ELBO):
         Roeder, Wu, Duvenaud (2017), "Sticking the landing", arXiv:1703.09194, equation 8.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.objectives import ELBO
         >>> from pyro.infer import SVI
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():

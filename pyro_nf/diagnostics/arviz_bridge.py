@@ -41,7 +41,10 @@ def to_arviz(
         ValueError: If a plate is subsampled, or `num_samples` is less than 100.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.diagnostics import to_arviz
         >>> from pyro_nf.guides import AutoFlow
         >>> def model(y):
         ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))

@@ -90,7 +90,9 @@ def diagnose(
         Yao, Gabry (2024), "Pareto smoothed importance sampling", JMLR 25(72), section 3.
 
     Example:
-        >>> import pyro, pyro.distributions as dist
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.diagnostics import diagnose
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0.0, 0.1))

@@ -29,6 +29,8 @@ class ElementwiseAffine(Flow):
         ValueError: If `scale` is not positive.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.flows import ElementwiseAffine
         >>> ElementwiseAffine(2, scale=3.0)(torch.ones(2))
         tensor([3., 3.], grad_fn=<AddBackward0>)
     """
@@ -69,6 +71,8 @@ class LowerTriangularAffine(Flow):
         ValueError: If `scale` is not positive.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.flows import LowerTriangularAffine
         >>> LowerTriangularAffine(2, loc=torch.tensor([1.0, 2.0]))(torch.zeros(2))
         tensor([1., 2.], grad_fn=<AddBackward0>)
     """

@@ -103,6 +103,8 @@ class Sequential(Flow):
         ValueError: If there is no flow, or their shapes or contexts disagree.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.flows import Sequential
         >>> from pyro_nf.flows import Planar
         >>> flow = Sequential(Planar(3), Planar(3))
         >>> y, log_det = flow.forward_and_log_det(torch.zeros(5, 3))

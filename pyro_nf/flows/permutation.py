@@ -18,6 +18,8 @@ class Permutation(Flow):
         ValueError: If `order` is not a permutation.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.flows import Permutation
         >>> Permutation([2, 0, 1])(torch.tensor([10.0, 11.0, 12.0]))
         tensor([12., 10., 11.])
     """

@@ -29,6 +29,8 @@ def make(name: str, dim: int, **options: Any) -> Flow:
         ValueError: If there is no such name; the nearest ones are offered.
 
     Example:
+        >>> import torch
+        >>> from pyro_nf.flows.stacks import make
         >>> make("realnvp", 5, depth=2)(torch.zeros(5))
         tensor([0., 0., 0., 0., 0.], grad_fn=<IndexBackward0>)
     """

@@ -48,10 +48,12 @@ class FlowSVI:
         ValueError: If a number is not positive.
 
     Example:
+        >>> import pyro
         >>> import pyro.distributions as dist
+        >>> from pyro_nf.inference import FlowSVI
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
-        ...     pyro.sample("z", dist.Normal(3.0, 2.0))
+        ...     pyro.sample("z", dist.Normal(0.5, 0.3))
         >>> guide = AutoFlow(model)
         >>> result = FlowSVI(model, guide, seed=0, progress=False, max_steps=600).run()
         >>> abs(result.elbo) < 0.01

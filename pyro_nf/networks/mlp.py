@@ -25,6 +25,7 @@ class MLP(nn.Module):
 
     Example:
         >>> import torch
+        >>> from pyro_nf.networks import MLP
         >>> MLP(3, (16, 16), 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 2])
     """

@@ -20,6 +20,7 @@ class ContextParameters(nn.Module):
 
     Example:
         >>> import torch
+        >>> from pyro_nf.networks import ContextParameters
         >>> loc, scale = ContextParameters({"loc": torch.zeros(3), "scale": torch.ones(3)}, context_dim=2)(
         ...     torch.zeros(5, 2)
         ... )

@@ -83,6 +83,7 @@ def check_flow(
         ValueError: If the shape of a point is not known.
 
     Example:
+        >>> from pyro_nf.testing import check_flow
         >>> from pyro_nf.flows import Planar
         >>> check_flow(Planar(3)).failures
         ()

@@ -182,6 +182,15 @@ def test_copies_draw_the_same_and_leave_the_original_whole(how):
     assert torch.equal(*draws)
 
 
+def test_two_guides_have_parameters_of_their_own():
+    first, second = AutoFlow(regression), AutoFlow(regression)
+    SVI(regression, first, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X, Y)
+    second(X, Y)
+    moved = first.flow.flows[-1].params.loc
+    assert (moved != second.flow.flows[-1].params.loc).any()
+    assert len(pyro.get_param_store()) == 2 * len(list(first.parameters()))
+
+
 def local_model(x):
     with pyro.plate("data", len(x), subsample_size=4) as rows:
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
