@@ -138,7 +138,7 @@ class FlowSVI:
         if converged:
             stop_reason = f"converged: the ELBO reached a plateau at step {schedule.plateau_step}"
         elif not stop_reason:
-            stop_reason = f"not converged: the ELBO was still rising near max_steps={self.max_steps}"
+            stop_reason = f"not converged: the ELBO reached no plateau within max_steps={self.max_steps}"
         return FitResult(
             elbo=final.elbo,
             elbo_mcse=final.mcse,

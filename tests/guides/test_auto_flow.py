@@ -11,6 +11,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
 from torch.distributions import biject_to
 
+from pyro_nf.diagnostics import diagnose
 from pyro_nf.flows import Planar, stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
@@ -155,6 +156,15 @@ def test_every_support_and_plate(float64):
     assert torch.isfinite(guide.log_prob(draws)).all()
     assert {k: tuple(v.shape) for k, v in guide.median().items()} == {k: s[1:] for k, s in shapes.items()}
     assert guide.quantiles([0.1, 0.5, 0.9])["rate"].shape == (3, 3, 2)
+
+
+def test_the_evidence_of_a_prior_is_one():
+    guide = AutoFlow(many_supports)
+    FlowSVI(many_supports, guide, seed=0, progress=False, max_steps=400).run()
+    found = diagnose(many_supports, guide, num_samples=4000)
+    # The reported error takes the weights for normal; early in a fit they are skewed.
+    assert abs(found.log_evidence) < 4 * found.log_evidence_se + 0.01
+    assert found.log_evidence_se < 0.1
 
 
 def test_median_and_quantiles_of_a_known_posterior():
