@@ -105,6 +105,7 @@ class FlowGuide(AutoGuide):
 
     prototype_trace: Any
     _prototype_frames: Any
+    _pyro_name: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -164,6 +164,8 @@ class BatchedNoise(TorchFunctionMode):
         """Run `func`, on a batched copy where it draws in place."""
         if func in _IN_PLACE_DRAWS:
             args = (torch.zeros_like(args[0]) + self.zero.to(args[0].dtype), *args[1:])
+        elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
+            return args[0].copy_(torch.clamp(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
 

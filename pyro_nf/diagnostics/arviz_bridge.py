@@ -89,7 +89,7 @@ def to_arviz(
 def _from_dict(groups: dict[str, dict[str, Array]], dims: Any, coords: Any) -> Any:
     import arviz  # here, because it takes seconds to import
 
-    if hasattr(arviz, "InferenceData"):
+    if arviz.__version__.startswith("0."):
         return arviz.from_dict(**groups, dims=dims, coords=coords)
     return arviz.from_dict(groups, dims=dims, coords=coords)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.special import logsumexp
 from torch import Tensor
 
 from pyro_nf.tracing import Particle, Program, log_prob_sum
@@ -16,6 +17,9 @@ Floats = npt.NDArray[np.float64]
 
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
+
+# Log weights that differ by less than this are equal, up to the rounding of float32 densities.
+_FLAT = 1e-3
 
 
 @dataclass(frozen=True)
@@ -119,11 +123,11 @@ def judge(log_weights: Floats) -> Diagnosis:
         raise ValueError(
             f"{int(bad.sum())} draws have a NaN or infinite weight: the guide or the model is broken there"
         )
-    normalised = log_weights - _log_sum_exp(log_weights)[:, None]
-    ess = float(np.median(np.exp(-_log_sum_exp(2 * normalised))))
+    normalised = log_weights - logsumexp(log_weights, -1, keepdims=True)
+    ess = float(np.median(np.exp(-logsumexp(2 * normalised, -1))))
     khat = float(np.median([pareto_smooth(row)[1] for row in log_weights]))
     total = log_weights.size
-    log_mean = float(_log_sum_exp(log_weights.reshape(1, -1))[0]) - math.log(total)
+    log_mean = float(logsumexp(log_weights)) - math.log(total)
     relative = np.exp(log_weights - log_mean)
     outside = float(bad.mean())
     reasons = []
@@ -153,15 +157,24 @@ def judge(log_weights: Floats) -> Diagnosis:
 
 
 def pareto_smooth(log_weights: Floats) -> tuple[Floats, float]:
-    """Return Pareto-smoothed, normalised log weights `(num_samples,)`, and k-hat: ArviZ's `psislw`, 0.23 or 1.x."""
+    """Return Pareto-smoothed, normalised log weights `(num_samples,)`, and k-hat: ArviZ's `psislw`, 0.x or 1.x.
+
+    Where the largest weights are equal there is no tail: k-hat is minus infinity.
+    """
     import arviz  # here, because it takes seconds to import
 
-    if hasattr(arviz, "psislw"):
-        smoothed, khat = arviz.psislw(log_weights.copy())
+    num_tail = math.ceil(min(len(log_weights) / 5, 3 * math.sqrt(len(log_weights))))  # Vehtari et al. (2024), section 2
+    top, cutoff = log_weights.max(), np.sort(log_weights)[-num_tail]
+    if top - cutoff < _FLAT:
+        return log_weights - logsumexp(log_weights), -math.inf
+    # A weight of zero, whose logarithm ArviZ cannot take, is as good as the smallest number.
+    log_weights = np.maximum(log_weights - top, math.log(np.finfo(np.float64).tiny))
+    if arviz.__version__.startswith("0."):
+        smoothed, khat = arviz.psislw(log_weights)
     else:
         from arviz_stats.base import array_stats
 
-        smoothed, khat = array_stats.psislw(log_weights.copy())
+        smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods, whose inverses are the weights
     return np.asarray(smoothed), float(khat)
 
 
@@ -179,10 +192,3 @@ def require_whole_data(program: Program, args: tuple[Any, ...], kwargs: dict[str
             f"plate {', '.join(map(repr, subsamples))} is subsampled, and importance weights need all the data: "
             "call the model without subsampling"
         )
-
-
-def _log_sum_exp(values: Floats) -> Floats:
-    top = values.max(-1, keepdims=True)
-    # The argument is at least 1: the largest value adds exp(0).
-    result: Floats = np.log(np.exp(values - top).sum(-1)) + top[..., 0]
-    return result

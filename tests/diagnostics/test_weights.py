@@ -78,11 +78,20 @@ def test_draws_outside_the_support_are_flagged():
     assert found.log_evidence == pytest.approx(math.log(0.5), abs=0.1)
 
 
-def test_khat_is_arvizs():
-    log_weights = np.random.default_rng(0).standard_t(4, size=2000)
-    smoothed, khat = pareto_smooth(log_weights)
-    assert judge(log_weights[None]).khat == khat
-    assert np.exp(smoothed).sum() == pytest.approx(1.0)
+def test_khat_is_the_tails_shape():
+    # Weights exp(k e), e exponential, have a Pareto tail of shape k.
+    exponential = np.random.default_rng(0).exponential(size=20_000)
+    for k in (0.3, 0.6, 0.9):
+        smoothed, khat = pareto_smooth(k * exponential)
+        assert khat == pytest.approx(k, abs=0.08)
+        assert judge((k * exponential)[None]).khat == khat
+        assert np.exp(smoothed).sum() == pytest.approx(1.0)
+
+
+def test_equal_weights_have_no_tail():
+    smoothed, khat = pareto_smooth(np.full(500, 3.0))
+    assert khat == -math.inf
+    assert np.allclose(np.exp(smoothed), 1 / 500)
 
 
 def test_bad_input_gets_a_sentence():
