@@ -37,12 +37,10 @@ class Structure(NamedTuple):
 
     Attributes:
         particle: Traces of one run, outside `vmap`.
-        latents: Names of the model's latent sites.
         subsamples: `{plate name: (size, subsample_size)}` of the plates that are subsampled.
     """
 
     particle: Particle
-    latents: tuple[str, ...]
     subsamples: dict[str, tuple[int, int]]
 
 
@@ -95,19 +93,20 @@ class Program:
 
         device = _device(self.structure(args, kwargs).particle)
         zeros = torch.zeros(num_particles, device=device)
+        obstacle = ""
         if self._vectorized:
             try:
                 return torch.func.vmap(particle, randomness="different")(zeros)
             except RuntimeError as error:
-                if "vmap" not in str(error):
-                    raise
-                self._vectorized = False
-                warnings.warn(
-                    f"the model cannot be batched over draws and runs them one by one, which is slow: {error}. "
-                    "Usual causes are .item(), control flow that depends on a value, and in-place writes.",
-                    stacklevel=2,
-                )
-        results = [particle(zero) for zero in zeros]
+                obstacle = str(error).splitlines()[0]
+        results = [particle(zero) for zero in zeros]  # which raises, too, where the model itself is at fault
+        if obstacle:
+            self._vectorized = False
+            warnings.warn(
+                f"the model cannot be batched over draws and runs them one by one, which is slow: {obstacle} "
+                "(Usual causes: .item() or .numpy(), control flow that depends on a value, in-place writes.)",
+                stacklevel=2,
+            )
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
     def map_in_chunks(
@@ -226,8 +225,8 @@ def _device(particle: Particle) -> torch.device:
 
 
 def _inspect(particle: Particle) -> Structure:
-    """Check that a pair can be fitted, and note its latents and subsampled plates."""
-    latents, subsamples = [], {}
+    """Check that a pair can be fitted, and note its subsampled plates."""
+    subsamples = {}
     for name, site in particle.model.nodes.items():
         if is_latent(site):
             if site["infer"].get("enumerate") == "parallel":
@@ -237,7 +236,6 @@ def _inspect(particle: Particle) -> Structure:
                 )
             if name not in particle.guide.nodes:
                 raise ValueError(f"the guide has no site for the model's latent {name!r}; it must sample every latent")
-            latents.append(name)
         elif is_data(site):
             _check_data(name, site)
     for name, site in particle.guide.nodes.items():
@@ -251,9 +249,9 @@ def _inspect(particle: Particle) -> Structure:
             fn = site.get("fn")
             if isinstance(fn, _Subsample) and fn.subsample_size is not None and fn.subsample_size < fn.size:
                 subsamples[name] = (fn.size, fn.subsample_size)
-    if not latents:
+    if not any(map(is_latent, particle.model.nodes.values())):
         raise ValueError("the model has no latent variables: there is no posterior to fit")
-    return Structure(particle, tuple(latents), subsamples)
+    return Structure(particle, subsamples)
 
 
 def _check_data(name: str, site: dict[str, Any]) -> None:

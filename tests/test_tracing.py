@@ -61,10 +61,11 @@ def test_a_subsampled_plate_is_shared_by_the_draws_and_fresh_at_each_call():
     assert (seen[0] != seen[1]).any()
 
 
-def test_a_model_that_cannot_be_batched_runs_draw_by_draw_with_a_warning():
+@pytest.mark.parametrize("number", [lambda z: z.item(), lambda z: float(z.numpy()), lambda z: 1.0 if z > 0 else 2.0])
+def test_a_model_that_cannot_be_batched_runs_draw_by_draw_with_a_warning(number):
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(abs(z.item()), 1.0), obs=torch.zeros(()))
+        pyro.sample("y", dist.Normal(number(z.detach()), 1.0), obs=torch.zeros(()))
 
     program = Program(model, AutoNormal(model))
     with pytest.warns(UserWarning, match="cannot be batched over draws"):

@@ -108,24 +108,24 @@ class FlowSVI:
         params = self._params(args, kwargs)
         adam = GuardedAdam(params, self.clip_norm)
         schedule = PlateauSchedule(self.learning_rate, self.max_steps)
-        losses: list[Tensor] = []
+        history: list[Tensor] = []
         evaluations = [self._evaluate(0, args, kwargs)]
         best, best_state = evaluations[0], [p.detach().clone() for p in params]
         stop_reason = ""
         with tqdm(total=self.max_steps, disable=not self.progress, desc="FlowSVI") as bar:
-            while len(losses) < schedule.last_step:
+            while len(history) < schedule.last_step:
                 elbo, surrogate = self.objective.estimate(self.program, self.num_particles, args, kwargs)
                 grads = torch.autograd.grad(-surrogate, params, allow_unused=True, materialize_grads=True)
-                adam.step(elbo, grads, schedule.rate(len(losses)))
-                losses.append(-elbo)
-                if len(losses) % self.eval_every and len(losses) < schedule.last_step:
+                adam.step(elbo, grads, schedule.rate(len(history)))
+                history.append(elbo)
+                if len(history) % self.eval_every and len(history) < schedule.last_step:
                     continue
-                evaluations.append(self._watch(losses, args, kwargs))
+                evaluations.append(self._watch(history, args, kwargs))
                 if not best.elbo >= evaluations[-1].elbo:
                     best, best_state = evaluations[-1], [p.detach().clone() for p in params]
                 schedule.observe(evaluations)
                 bar.total = schedule.last_step
-                bar.update(len(losses) - bar.n)
+                bar.update(len(history) - bar.n)
                 bar.set_postfix_str(f"ELBO {evaluations[-1].elbo:.3f}")
                 if int(adam.run_skipped) >= _MAX_RUN_SKIPPED:
                     stop_reason = self._blame(args, kwargs)
@@ -144,11 +144,11 @@ class FlowSVI:
             elbo_mcse=final.mcse,
             converged=converged,
             stop_reason=stop_reason,
-            steps=len(losses),
+            steps=len(history),
             best_step=best.step,
             num_skipped=int(adam.num_skipped),
             seconds=time.perf_counter() - start,
-            losses=torch.stack(losses).cpu(),
+            history=torch.stack(history),
             evaluations=tuple(evaluations),
         )
 
@@ -163,11 +163,11 @@ class FlowSVI:
             raise ValueError("neither model nor guide has a parameter to fit")
         return params
 
-    def _watch(self, losses: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+    def _watch(self, history: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
         """Evaluate on the way: on fresh draws or, where data are subsampled, by the minibatches of late steps."""
         if self.program.structure(args, kwargs).subsamples:
-            return _evaluation(len(losses), -torch.stack(losses[-self.eval_every :]))
-        return self._evaluate(len(losses), args, kwargs)
+            return _evaluation(len(history), torch.stack(history[-self.eval_every :]))
+        return self._evaluate(len(history), args, kwargs)
 
     def _evaluate(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
         def elbo(particle: Particle) -> dict[str, Tensor]:

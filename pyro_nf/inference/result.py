@@ -27,7 +27,7 @@ class FitResult:
         best_step: The step whose state was kept.
         num_skipped: Steps left out for a non-finite loss or gradient.
         seconds: Wall time.
-        losses: Minus the ELBO estimate of each step, `(steps,)`.
+        history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The fresh-draw evaluations on the way.
     """
 
@@ -39,13 +39,8 @@ class FitResult:
     best_step: int
     num_skipped: int
     seconds: float
-    losses: Tensor = field(repr=False)
+    history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
-
-    @property
-    def history(self) -> Tensor:
-        """The ELBO estimate of each step, `(steps,)`, in nats."""
-        return -self.losses
 
     def __str__(self) -> str:
         """One line for people."""

@@ -57,7 +57,7 @@ def test_runs_with_one_seed_are_equal_bit_for_bit_and_leave_the_global_state():
         results.append(FlowSVI(linear_gaussian, guide, seed=5, progress=False, max_steps=60).run(X, Y))
         assert torch.equal(torch.get_rng_state(), state)
         torch.randn(3)
-    assert torch.equal(results[0].losses, results[1].losses)
+    assert torch.equal(results[0].history, results[1].history)
     assert results[0].elbo == results[1].elbo
 
 
