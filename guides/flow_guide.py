@@ -169,11 +169,13 @@ class FlowGuide(AutoGuide):
 
     def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior quantiles of every latent site's entries, `{site: (len(quantiles), *shape)}`."""
-        draws = self.sample_posterior(_QUANTILE_DRAWS, *args, **kwargs)
-        return {
-            name: value.quantile(torch.as_tensor(quantiles, dtype=value.dtype, device=value.device), 0)
-            for name, value in draws.items()
-        }
+        result = {}
+        for name, value in self.sample_posterior(_QUANTILE_DRAWS, *args, **kwargs).items():
+            levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+            # In parts, because torch.quantile refuses more than 2^24 numbers.
+            parts = [part.quantile(levels, 0) for part in value.reshape(len(value), -1).split(1000, 1)]
+            result[name] = torch.cat(parts, 1).reshape(-1, *value.shape[1:])
+        return result
 
     def _pack_latent(self, parts: list[Tensor]) -> Tensor:
         raise NotImplementedError

@@ -141,4 +141,6 @@ def test_masked_nan_is_accepted():
         with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=~x.isnan()):
             pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
-    Program(model, AutoNormal(model)).structure((torch.tensor([1.0, float("nan")]),), {})
+    data = torch.tensor([1.0, float("nan")])
+    result = Program(model, AutoNormal(model)).map(lambda p: {"log_p": log_prob_sum(p.model)}, 3, (data,), {})
+    assert torch.isfinite(result["log_p"]).all()
