@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
@@ -127,7 +128,7 @@ class FlowGuide(AutoGuide):
         """Return draws of every latent site, `{site: (num_samples, *shape)}`, in one batch."""
         self._ensure_prototype(*args, **kwargs)
         latents = self.get_posterior(*args, **kwargs).sample((num_samples,))
-        draws: dict[str, Tensor] = torch.func.vmap(self._constrain)(latents)
+        draws: dict[str, Tensor] = _map_draws(self._constrain, latents)
         return draws
 
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -145,13 +146,13 @@ class FlowGuide(AutoGuide):
             ValueError: If a site is missing.
         """
         self._ensure_prototype(*args, **kwargs)
-        posterior = self.get_posterior(*args, **kwargs)
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         missing = [name for name, _ in sites if name not in latents]
         if missing:
             raise ValueError(f"latents must hold every latent site; {', '.join(missing)} missing")
 
         def one(values: dict[str, Tensor]) -> Tensor:
+            posterior = self.get_posterior(*args, **kwargs)
             flat = [biject_to(site["fn"].support).inv(values[name]) for name, site in sites]
             latent = self._pack_latent(flat)
             log_det = sum(d.sum() for _, _, d in self._constrained(latent))
@@ -160,7 +161,7 @@ class FlowGuide(AutoGuide):
         name, site = sites[0]
         batch = latents[name].shape[: latents[name].dim() - site["value"].dim()]
         flat = {name: latents[name].reshape(-1, *latents[name].shape[len(batch) :]) for name, _ in sites}
-        result: Tensor = torch.func.vmap(one)(flat)
+        result: Tensor = _map_draws(one, flat)
         return result.reshape(batch)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -199,3 +200,9 @@ class FlowGuide(AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own sets the *original's* model to None. Here only the pickle goes without it, as it must.
         return {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+
+
+def _map_draws(function: Callable[..., Any], draws: Any) -> Any:
+    """Apply a function of one draw to all; without validation, whose checks of values `vmap` cannot batch."""
+    with pyro.validation_enabled(False):
+        return torch.func.vmap(function)(draws)
