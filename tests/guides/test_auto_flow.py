@@ -7,8 +7,9 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
-from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer import MCMC, NUTS, SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, init_to_value
+from pyro.infer.reparam import NeuTraReparam
 from torch.distributions import biject_to
 
 from pyro_nf.diagnostics import diagnose
@@ -141,6 +142,22 @@ def test_in_an_auto_guide_list():
     losses = [svi.step(X, Y) for _ in range(60)]
     assert sum(losses[-10:]) < sum(losses[:10])
     assert set(guide(X, Y)) == {"beta", "intercept", "sigma"}
+
+
+def test_neutra():
+    def model():
+        a = pyro.sample("a", dist.Normal(1.0, 2.0))
+        pyro.sample("b", dist.LogNormal(a, 0.5))
+
+    guide = AutoFlow(model)
+    FlowSVI(model, guide, seed=0, progress=False, max_steps=300).run()
+    neutra = NeuTraReparam(guide)
+    mcmc = MCMC(NUTS(neutra.reparam(model)), num_samples=100, warmup_steps=50, disable_progbar=True)
+    mcmc.run()
+    with torch.no_grad():
+        draws = neutra.transform_sample(mcmc.get_samples()["a_shared_latent"])
+    assert draws["b"].shape == (100,)
+    assert float((draws["b"].log() - draws["a"]).std()) == pytest.approx(0.5, abs=0.15)
 
 
 def test_every_support_and_plate(float64):
