@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.networks.mlp import MLP
+
 
 class MaskedLinear(nn.Linear):
     """Linear layer `y = (W * mask) x + b`, `mask: (out_features, in_features)` of 0 and 1."""
@@ -21,7 +23,7 @@ class MaskedLinear(nn.Linear):
         return nn.functional.linear(x, self.weight * self.mask, self.bias)
 
 
-class MADE(nn.Module):
+class MADE(MLP):
     r"""Masked autoencoder for distribution estimation: output k depends on the inputs of smaller degree than k's.
 
     Input and output k bear the degree `order[k]`, hidden units the degrees 1..dim-1 in turn, from 0 with a context. A
@@ -59,7 +61,6 @@ class MADE(nn.Module):
         activation: Callable[[], nn.Module] = nn.Tanh,
         context_dim: int = 0,
     ) -> None:
-        super().__init__()
         # With dim = 1 the only output sees no input, as the first of any dim.
         lowest = 0 if context_dim > 0 or dim == 1 else 1
         if not hidden_dims or min(hidden_dims) < dim - lowest:
@@ -69,6 +70,7 @@ class MADE(nn.Module):
             )
         if order is not None and sorted(order) != list(range(1, dim + 1)):
             raise ValueError(f"order must be a permutation of 1 .. {dim}; got {list(order)}")
+        super().__init__(dim, hidden_dims, dim * num_params, activation, context_dim)
         self.num_params = num_params
         degrees = torch.arange(1, dim + 1) if order is None else torch.tensor(order)
         self.register_buffer("degrees", degrees)
@@ -81,16 +83,8 @@ class MADE(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
         self.layers = nn.ModuleList([*layers, last])
-        self.from_context = nn.Linear(context_dim, hidden_dims[0], bias=False) if context_dim > 0 else None
-        self.activation = activation()
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Apply the network to the last dimension of `x`."""
-        first, *rest = self.layers
-        h: Tensor = first(x)
-        if self.from_context is not None:
-            h = h + self.from_context(context)
-        for layer in rest:
-            h = layer(self.activation(h))
-        params: Tensor = h.unflatten(-1, (len(self.degrees), self.num_params))
+        params: Tensor = super().forward(x, context).unflatten(-1, (len(self.degrees), self.num_params))
         return params
