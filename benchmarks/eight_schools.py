@@ -33,7 +33,7 @@ def run(name, seed):
     pyro.set_rng_seed(seed)
     model, data = eight_schools.centered, eight_schools.data()
     guide = GUIDES[name](model)
-    result = FlowSVI(model, guide, num_particles=256, seed=seed, progress=False).run(*data)
+    result = FlowSVI(model, guide, seed=seed, progress=False).run(*data)
     found = diagnose(model, guide, *data)
     return {
         "guide": name,

@@ -40,7 +40,7 @@ class ELBO(pyro.infer.ELBO):
         True
     """
 
-    def __init__(self, num_particles: int = 64, sticking_the_landing: bool = True) -> None:
+    def __init__(self, num_particles: int = 256, sticking_the_landing: bool = True) -> None:
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be a positive whole number; got {num_particles!r}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)

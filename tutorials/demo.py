@@ -39,7 +39,7 @@ def fit_schools():
     guides = {"AutoNormal": AutoNormal(model), "AutoFlow": AutoFlow(model, base="student_t")}
     draws, rows, verdicts = {}, [], []
     for name, guide in guides.items():
-        result = FlowSVI(model, guide, num_particles=256, seed=0).run(*data)
+        result = FlowSVI(model, guide, seed=0).run(*data)
         found = diagnose(model, guide, *data)
         idata = to_arviz(model, guide, *data, num_samples=10_000)
         draws[name] = posterior = idata["posterior"]

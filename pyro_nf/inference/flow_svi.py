@@ -34,7 +34,8 @@ class FlowSVI:
         model: A Pyro model.
         guide: A Pyro guide: ours, Pyro's, or hand-written.
         objective: What to maximise; `None` for `ELBO()`.
-        num_particles: Draws a step.
+        num_particles: Draws a step. Many fit better and cost a small model little; where each draw runs a network over
+            a minibatch, take a few.
         learning_rate: Adam's rate between warm-up and cool-down.
         max_steps: Upper bound of the run.
         eval_every: Steps between evaluations.
@@ -66,7 +67,7 @@ class FlowSVI:
         guide: Callable[..., Any],
         *,
         objective: ELBO | None = None,
-        num_particles: int = 64,
+        num_particles: int = 256,
         learning_rate: float = 1e-2,
         max_steps: int = 10_000,
         eval_every: int = 100,
