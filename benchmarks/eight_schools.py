@@ -1,6 +1,6 @@
 """Eight schools, centred: guides side by side over several seeds, against the exact evidence.
 
-python benchmarks/eight_schools.py [--seeds 5] [--json results.json]
+python benchmarks/eight_schools.py [--seeds 5] [--first-seed 0] [--json results.json]
 """
 
 import argparse
@@ -53,13 +53,14 @@ def run(name, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
     exact = eight_schools.grid_posterior(*eight_schools.data()).log_evidence
     rows = []
     for name in GUIDES:
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             rows.append(run(name, seed))
             print(
                 pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="%.3f"), flush=True

@@ -32,7 +32,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         flow: A name (`pyro_nf.flows.stacks.names()`), a `Flow` over the unconstrained coordinates, or a picklable
             factory `dim -> Flow`.
         base: `"normal"`, or `"student_t"` with trainable degrees of freedom: for posteriors with a funnel's neck or
-            heavy tails, whose k-hat a normal base leaves high.
+            heavy tails, where a normal base gives a higher k-hat.
         init_loc_fn: Initial value of each site, a strategy of `pyro.infer.autoguide.initialization`. The default is
             AutoNormal's.
         init_scale: Initial standard deviation on the real line, positive.

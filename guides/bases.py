@@ -31,8 +31,8 @@ class NormalBase(nn.Module):
 class StudentTBase(nn.Module):
     r"""Independent Student-t over `dim` coordinates, with a trainable number of degrees of freedom for each.
 
-    `df = 2 + (init_df - 2) softplus(raw + log(e - 1))`, raw starting at 0. Tails heavier than the posterior's keep the
-    importance weights bounded; where the posterior is normal, df grows during the fit.
+    `df = 2 + (init_df - 2) softplus(raw + log(e - 1))`, raw starting at 0. The base's heavy tails
+    put draws where a normal base has none; df follows the ELBO during the fit.
 
     Args:
         dim: Number of coordinates.

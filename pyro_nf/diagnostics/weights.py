@@ -119,6 +119,8 @@ def judge(log_weights: Floats) -> Diagnosis:
     num_samples = log_weights.shape[-1]
     threshold = min(1 - 1 / math.log10(num_samples), 0.7)
     bad = ~np.isfinite(log_weights)
+    if not np.isfinite(log_weights).any():
+        raise ValueError("no draw of the guide has a finite weight: it lies outside the model's support")
     if bad.any() and not (np.isneginf(log_weights) & bad).sum() == bad.sum():
         raise ValueError(
             f"{int(bad.sum())} draws have a NaN or infinite weight: the guide or the model is broken there"

@@ -106,6 +106,8 @@ def test_bad_input_gets_a_sentence():
         diagnose(conjugate, normal_guide(), Y, num_samples=10)
     with pytest.raises(ValueError, match="5 draws have a NaN"):
         judge(np.where(np.arange(200) < 5, np.nan, 0.0)[None])
+    with pytest.raises(ValueError, match="no draw of the guide has a finite weight"):
+        judge(np.full((2, 200), -np.inf))
     with pytest.raises(ValueError, match="all stand in one plate; got 'mu' in no plate"):
         local_evidence(conjugate, normal_guide(), Y)
 
