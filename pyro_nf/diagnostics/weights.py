@@ -119,12 +119,12 @@ def judge(log_weights: Floats) -> Diagnosis:
     num_samples = log_weights.shape[-1]
     threshold = min(1 - 1 / math.log10(num_samples), 0.7)
     bad = ~np.isfinite(log_weights)
-    if not np.isfinite(log_weights).any():
-        raise ValueError("no draw of the guide has a finite weight: it lies outside the model's support")
     if bad.any() and not (np.isneginf(log_weights) & bad).sum() == bad.sum():
         raise ValueError(
             f"{int(bad.sum())} draws have a NaN or infinite weight: the guide or the model is broken there"
         )
+    if not np.isfinite(log_weights).any(-1).all():
+        raise ValueError("no draw of the guide has a finite weight: it lies outside the model's support")
     normalised = log_weights - logsumexp(log_weights, -1, keepdims=True)
     ess = float(np.median(np.exp(-logsumexp(2 * normalised, -1))))
     khat = float(np.median([pareto_smooth(row)[1] for row in log_weights]))
