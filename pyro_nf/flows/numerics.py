@@ -26,17 +26,33 @@ def unbound(value: Tensor, bound: float) -> Tensor:
 
 
 @torch.no_grad()
-def bisect(function: Callable[[Tensor], Tensor], target: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-    """Solve `function(x) = target` for an increasing elementwise function, `lower <= x <= upper`.
+def solve_increasing(
+    function: Callable[[Tensor], tuple[Tensor, Tensor]], target: Tensor, lower: Tensor, upper: Tensor
+) -> Tensor:
+    """Solve `f(x) = target` for an increasing elementwise function, `lower <= x <= upper`.
 
-    The number of halvings is fixed by the dtype (a rounding error of the bracket's width), so that the loop is the
-    same for every input and can be batched and compiled. The result carries no gradient: see `implicit_gradient`.
+    Halvings of the bracket find half of the digits, and three Newton steps, which double them and stay inside the
+    bracket, the others. The number of steps is fixed by the dtype, so that the loop is the same for every input and can
+    be batched and compiled. The result carries no gradient: see `implicit_gradient`.
+
+    Args:
+        function: Returns `f(x)` and its slope.
+        target: Right hand side.
+        lower: Where f is not above the target.
+        upper: Where f is not below the target.
     """
-    for _ in range(math.ceil(-math.log2(torch.finfo(target.dtype).eps)) + 4):
-        middle = 0.5 * (lower + upper)
-        above = function(middle) > target
-        lower, upper = torch.where(above, lower, middle), torch.where(above, middle, upper)
-    return 0.5 * (lower + upper)
+    halvings = math.ceil(-0.5 * math.log2(torch.finfo(target.dtype).eps)) + 4
+    x = 0.5 * (lower + upper)
+    for step in range(halvings + 3):
+        value, slope = function(x)
+        above = value > target
+        lower, upper = torch.where(above, lower, x), torch.where(above, x, upper)
+        x = 0.5 * (lower + upper)
+        if step >= halvings:
+            newton = torch.where(above, upper, lower) - (value - target) / slope
+            # Where the slope is too small to divide by, the comparison is false.
+            x = torch.where((newton >= lower) & (newton <= upper), newton, x)
+    return x
 
 
 def implicit_gradient(root: Tensor, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:

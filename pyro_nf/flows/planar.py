@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import bisect, implicit_gradient, positive
+from pyro_nf.flows.numerics import implicit_gradient, positive, solve_increasing
 from pyro_nf.networks import ContextParameters
 
 
@@ -16,7 +16,7 @@ class Planar(Flow):
     `log_det = log(tanh^2 + (m + 1) (1 - tanh^2))`, `log(1 + w'u_hat tanh')` written as a sum of positive terms.
 
     Both directions cost O(dim). The inverse has no formula: `a = w'x` is the root of `a + m tanh(a + b) = w'y`, found
-    by bisection in `[w'y - |m|, w'y + |m|]` with implicit gradients.
+    numerically in `[w'y - |m|, w'y + |m|]` with implicit gradients.
 
     Args:
         dim: Number of coordinates.
@@ -43,7 +43,12 @@ class Planar(Flow):
         """Return `x`, by a scalar root, and its log-determinant."""
         w, b, u_hat, slope = self._unpack(context)
         target, m = (w * y).sum(-1, keepdim=True), slope - 1
-        root = bisect(lambda a: a + m * torch.tanh(a + b), target, target - m.abs(), target + m.abs())
+
+        def along(a: Tensor) -> tuple[Tensor, Tensor]:
+            h = torch.tanh(a + b)
+            return a + m * h, h**2 + slope * (1 - h**2)
+
+        root = solve_increasing(along, target, target - m.abs(), target + m.abs())
         h = torch.tanh(root + b)
         residual = target - (root + m * h)
         # dh/da / (d target/da) turns a residual into a step of h: the implicit gradient. For m > 0 the divisor is >= 1,

@@ -51,6 +51,7 @@ def check_flow(
     triangular: Literal["lower", "upper"] | None = None,
     factory: Callable[[], TransformModule] | None = None,
     compile: Literal["forward", "inverse"] | None = None,  # noqa: A002 - as torch calls it
+    reach: float = 1000.0,
     seed: int = 0,
 ) -> FlowReport:
     r"""Check that a flow keeps its contract, and say where it does not.
@@ -73,6 +74,7 @@ def check_flow(
         triangular: Shape of the Jacobian, for autoregressive flows.
         factory: Makes another flow of this architecture, into which the `state_dict` has to load.
         compile: Direction that `torch.compile(fullgraph=True)` has to leave unchanged; takes a while.
+        reach: Largest of 10, 100 and 1000 by which points are multiplied; less for a flow that grows exponentially.
         seed: Seed of points and parameters.
 
     Returns:
@@ -138,7 +140,7 @@ def check_flow(
     figures: dict[str, float] = {}
     failures: dict[str, list[str]] = defaultdict(list)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
-        cases = {scale: checks.Case.make(flow, event_shape, scale, seed) for scale in (*every, checks.MODERATE)}
+        cases = {scale: checks.Case.make(flow, event_shape, scale, seed, reach) for scale in (*every, checks.MODERATE)}
         for check in plan:
             for case in map(cases.__getitem__, check.scales):
                 figure, failure = check.run(case)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_nf.flows.numerics import bisect, implicit_gradient, positive, soft_bound, unbound
+from pyro_nf.flows.numerics import implicit_gradient, positive, soft_bound, solve_increasing, unbound
 
 numbers = st.floats(-1e12, 1e12)
 
@@ -34,18 +34,27 @@ def test_zero_is_the_neutral_value(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_bisect_is_accurate_to_rounding_of_the_bracket(dtype: torch.dtype) -> None:
+def test_solve_is_accurate_to_rounding(dtype: torch.dtype) -> None:
     root = torch.linspace(-3, 3, 50, dtype=dtype)
-    found = bisect(lambda x: x**3, root**3, torch.full_like(root, -4), torch.full_like(root, 5))
+    found = solve_increasing(lambda x: (x**3, 3 * x**2), root**3, torch.full_like(root, -4), torch.full_like(root, 5))
     # Where the slope vanishes, x^3 itself is all that float can tell.
     assert float((found**3 - root**3).abs().max()) < 100 * torch.finfo(dtype).eps
     steep = root.abs() > 0.5
     assert float((found - root)[steep].abs().max()) < 20 * torch.finfo(dtype).eps
 
 
-def test_bisect_ends_of_the_bracket() -> None:
+@pytest.mark.parametrize("slope", [0.0, -1.0, torch.nan, torch.inf, 1e-30])
+def test_solve_has_half_of_the_digits_whatever_the_slopes_say(slope: float) -> None:
+    root = torch.linspace(-3, 3, 50, dtype=torch.float64)
+    found = solve_increasing(
+        lambda x: (x**3, torch.full_like(x, slope)), root**3, torch.full_like(root, -4), torch.full_like(root, 5)
+    )
+    assert float((found - root).abs().max()) < 1e-8
+
+
+def test_solve_ends_of_the_bracket() -> None:
     lower, upper = torch.tensor([1.0, 0.0]), torch.tensor([2.0, 1.0])
-    found = bisect(lambda x: x, torch.tensor([1.0, 1.0]), lower, upper)
+    found = solve_increasing(lambda x: (x, torch.ones_like(x)), torch.tensor([1.0, 1.0]), lower, upper)
     torch.testing.assert_close(found, torch.tensor([1.0, 1.0]))
 
 
