@@ -26,10 +26,12 @@ class MaskedLinear(nn.Linear):
 class MADE(MLP):
     r"""Masked autoencoder for distribution estimation: output k depends on the inputs of smaller degree than k's.
 
-    Input and output k bear the degree `order[k]`, hidden units the degrees 1..dim-1 in turn, from 0 with a context. A
-    hidden unit sees units of degree <= its own, an output sees hidden units of degree < its own. The context enters the
-    first hidden layer unmasked: the units of degree 0 carry it to the output that sees no input. The last layer starts
-    at zero.
+    Input and output k bear the degree `order[k]`. Hidden units bear the degrees 1..dim-1, from 0 with a context, in
+    equal shares and ascending. A hidden unit sees units of degree <= its own, an output sees hidden units of degree <
+    its own. The context enters the first hidden layer unmasked: the units of degree 0 carry it to the output that sees
+    no input. The last layer starts at zero.
+
+    A call is one pass. `unroll` feeds the outputs back as inputs, coordinate by coordinate, for the cost of one pass.
 
     Args:
         dim: Number of inputs.
@@ -49,8 +51,6 @@ class MADE(MLP):
     References:
         Germain, Gregor, Murray, Larochelle (2015), "MADE", arXiv:1502.03509, equations 12 and 13.
     """
-
-    degrees: Tensor
 
     def __init__(
         self,
@@ -73,11 +73,12 @@ class MADE(MLP):
         super().__init__(dim, hidden_dims, dim * num_params, activation, context_dim)
         self.num_params = num_params
         degrees = torch.arange(1, dim + 1) if order is None else torch.tensor(order)
-        self.register_buffer("degrees", degrees)
-        layers, below = [], degrees
+        self._coordinates: list[int] = degrees.argsort().tolist()
+        layers, self._counts, below = [], [], degrees
         for width in hidden_dims:
-            above = torch.arange(width) % (dim - lowest) + lowest
+            above = torch.arange(width) * (dim - lowest) // width + lowest
             layers.append(MaskedLinear(above[:, None] >= below))
+            self._counts.append(above.bincount(minlength=dim).tolist())  # units of degree 0 .. dim - 1
             below = above
         last = MaskedLinear((degrees[:, None] > below).repeat_interleave(num_params, 0))
         nn.init.zeros_(last.weight)
@@ -86,5 +87,55 @@ class MADE(MLP):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Apply the network to the last dimension of `x`."""
-        params: Tensor = super().forward(x, context).unflatten(-1, (len(self.degrees), self.num_params))
+        params: Tensor = super().forward(x, context).unflatten(-1, (len(self._coordinates), self.num_params))
         return params
+
+    def unroll(self, step: Callable[[int, Tensor], Tensor], context: Tensor | None = None) -> Tensor:
+        """Run the network on inputs that its own outputs determine, one coordinate after another.
+
+        `step(k, params)` gets the parameters of coordinate k, `(*batch, 1, num_params)`, and returns its value,
+        `(*batch, 1)`. A unit is run once all that it sees is known, and its activation is added to what waits for it:
+        `dim` small steps, which together cost what one pass does.
+
+        Returns:
+            The values, `(*batch, dim)`.
+        """
+        dim = len(self._coordinates)
+        first, *inner, last = self.layers
+        # Columns of each layer's weight by the degree of the unit they belong to. All rows that still wait when a unit
+        # is run may see it, which is why no mask is needed.
+        blocks = [first.weight[:, self._coordinates].split(1, 1)]
+        blocks += [layer.weight.split(counts, 1) for layer, counts in zip(inner, self._counts, strict=False)]
+        by_degree = [
+            tensor.unflatten(0, (dim, -1))[self._coordinates].flatten(0, 1) for tensor in (last.weight, last.bias)
+        ]
+        blocks.append(by_degree[0].split(self._counts[-1], 1))
+        waiting = [first.bias, *(layer.bias for layer in inner), by_degree[1]]
+        if self.from_context is not None:
+            waiting[0] = waiting[0] + self.from_context(context)
+
+        def add(layer: int, degree: int, activation: Tensor) -> None:
+            block = blocks[layer][degree]
+            rows = block[len(block) - waiting[layer].shape[-1] :]
+            waiting[layer] = waiting[layer] + nn.functional.linear(activation, rows)
+
+        values = []
+        for degree, coordinate in enumerate(self._coordinates):
+            for layer, counts in enumerate(self._counts):
+                if counts[degree]:
+                    ready, waiting[layer] = _take(waiting[layer], counts[degree])
+                    add(layer + 1, degree, self.activation(ready))
+            params, waiting[-1] = _take(waiting[-1], self.num_params)
+            values.append(step(coordinate, params[..., None, :]))
+            add(0, degree, values[-1])
+        return torch.cat([values[position] for position in _inverse(self._coordinates)], -1)
+
+
+def _take(tensor: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The first `count` entries of the last dimension, and the rest."""
+    taken, rest = tensor.split((count, tensor.shape[-1] - count), -1)
+    return taken, rest
+
+
+def _inverse(permutation: Sequence[int]) -> list[int]:
+    return sorted(range(len(permutation)), key=permutation.__getitem__)

@@ -1,33 +1,9 @@
-"""Transformers: invertible maps of one coordinate, whose parameters a coupling or autoregressive flow supplies.
-
-A transformer is a stateless object with `num_params` and two methods. A new one is one class here, and works in both
-wirings. With all parameters 0 it is the identity.
-"""
-
-from typing import Protocol
+"""Transformers that are affine in their coordinate: additive, affine, gated."""
 
 import torch
 from torch import Tensor
 
 from pyro_nf.flows.numerics import soft_bound
-
-
-class Transformer(Protocol):
-    """What couplings and autoregressive flows ask of a transformer.
-
-    Shapes:
-        `x, y: (*batch, dim)`; `params: (*batch, dim, num_params)`; log-derivatives: `(*batch, dim)`.
-    """
-
-    num_params: int
-
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `y` and `log dy/dx`, elementwise."""
-        ...
-
-    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `x` and `log dx/dy`, elementwise."""
-        ...
 
 
 class Additive:
