@@ -1,7 +1,9 @@
 """Networks: what flows and encoders take their parameters from."""
 
+from pyro_nf.networks.convolutional import ConvNet
 from pyro_nf.networks.made import MADE, MaskedLinear
 from pyro_nf.networks.mlp import MLP
+from pyro_nf.networks.order_agnostic import OrderAgnosticMADE
 from pyro_nf.networks.parameters import ContextParameters
 
-__all__ = ["MADE", "MLP", "ContextParameters", "MaskedLinear"]
+__all__ = ["MADE", "MLP", "ContextParameters", "ConvNet", "MaskedLinear", "OrderAgnosticMADE"]
