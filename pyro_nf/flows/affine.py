@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import soft_bound, unbound
+from pyro_nf.flows.numerics import multiply, soft_bound, solve_triangular, unbound
 from pyro_nf.networks import ContextParameters
 
 # Scales lie between e^-30 and e^30 (1e-13 and 1e13): beyond what a posterior's units need, below float32 overflow.
@@ -45,13 +46,15 @@ class ElementwiseAffine(Flow):
         """Return `loc + scale * x` and the sum of log scales."""
         loc, raw = self.params(context)
         log_scale = soft_bound(raw, LOG_SCALE_BOUND)
-        return loc + log_scale.exp() * x, log_scale.sum(-1).expand(_batch_shape(x, log_scale))
+        y = loc + log_scale.exp() * x
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `(y - loc) / scale` and minus the sum of log scales."""
         loc, raw = self.params(context)
         log_scale = soft_bound(raw, LOG_SCALE_BOUND)
-        return (y - loc) * (-log_scale).exp(), -log_scale.sum(-1).expand(_batch_shape(y, log_scale))
+        x = (y - loc) * (-log_scale).exp()
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
 
 class LowerTriangularAffine(Flow):
@@ -87,28 +90,29 @@ class LowerTriangularAffine(Flow):
         below = dim * (dim - 1) // 2
         initial["tril"] = torch.zeros(below, dtype=initial["loc"].dtype, device=initial["loc"].device)
         self.params = ContextParameters(initial, context_dim)
-        # Where each entry of A stands in (tril, 0): gathering keeps the matrix free of in-place writes.
-        index = torch.full((dim, dim), below)
+        # Where each entry of I + A stands in (tril, 0, 1): gathering keeps the matrix free of in-place writes.
+        index = torch.full((dim, dim), below).fill_diagonal_(below + 1)
         index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(below)
         self.register_buffer("tril_index", index.to(initial["loc"].device))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `loc + scale * (x + A x)` and the sum of log scales."""
         loc, log_scale, matrix = self._unpack(context)
-        mixed = x + (matrix @ x[..., None])[..., 0]
-        return loc + log_scale.exp() * mixed, log_scale.sum(-1).expand(_batch_shape(x, log_scale))
+        y = loc + multiply(log_scale.exp()[..., None] * matrix, x)
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve for `x` and return minus the sum of log scales."""
         loc, log_scale, matrix = self._unpack(context)
         mixed = (y - loc) * (-log_scale).exp()
-        x = torch.linalg.solve_triangular(matrix, mixed[..., None], upper=False, unitriangular=True)[..., 0]
-        return x, -log_scale.sum(-1).expand(_batch_shape(y, log_scale))
+        x = solve_triangular(matrix, mixed, upper=False, unitriangular=True)
+        return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loc, raw, tril = self.params(context)
-        padded = torch.nn.functional.pad(tril, (0, 1))
-        return loc, soft_bound(raw, LOG_SCALE_BOUND), padded[..., self.tril_index]
+        padded = pad(pad(tril, (0, 1)), (0, 1), value=1.0)
+        matrix = padded.index_select(-1, self.tril_index.flatten()).unflatten(-1, self.tril_index.shape)
+        return loc, soft_bound(raw, LOG_SCALE_BOUND), matrix
 
 
 def _initial(dim: int, loc: Tensor | float, scale: Tensor | float) -> dict[str, Tensor]:
@@ -120,7 +124,3 @@ def _initial(dim: int, loc: Tensor | float, scale: Tensor | float) -> dict[str, 
         raise ValueError(f"scale must be positive, between 1e-13 and 1e13; got {scale}")
     # The argument of log is positive by the check above.
     return {"loc": loc.expand(dim), "log_scale": unbound(scale.log(), LOG_SCALE_BOUND).expand(dim)}
-
-
-def _batch_shape(x: Tensor, params: Tensor) -> torch.Size:
-    return torch.Size(torch.broadcast_shapes(x.shape[:-1], params.shape[:-1]))

@@ -32,8 +32,8 @@ class Coupling(Flow):
         "Density estimation using Real NVP", arXiv:1605.08803, equations 4-8.
     """
 
-    kept: Tensor
     transformed: Tensor
+    order: Tensor
     restore: Tensor
 
     def __init__(
@@ -49,28 +49,31 @@ class Coupling(Flow):
         if len(mask) != dim or not any(mask):
             raise ValueError(f"mask must hold dim={dim} booleans, one of them true; got {mask}")
         chosen = torch.tensor(mask)
-        self.register_buffer("kept", (~chosen).nonzero()[:, 0])
         self.register_buffer("transformed", chosen.nonzero()[:, 0])
-        self.register_buffer("restore", torch.cat([self.kept, self.transformed]).argsort())
+        # Kept coordinates first, and back.
+        self.register_buffer("order", torch.cat([(~chosen).nonzero()[:, 0], self.transformed]))
+        self.register_buffer("restore", self.order.argsort())
+        self._num_kept = dim - len(self.transformed)
+        self._in_order = sorted(mask) == mask
         self.transformer = transformer or Affine()
         self._outputs = (len(self.transformed), self.transformer.num_params)
         size = self._outputs[0] * self._outputs[1]
         self.network = (
-            MLP(len(self.kept), hidden_dims, size, context_dim=context_dim, zero_init=True)
-            if len(self.kept)
+            MLP(self._num_kept, hidden_dims, size, context_dim=context_dim, zero_init=True)
+            if self._num_kept
             else ContextParameters({"params": torch.zeros(size)}, context_dim)
         )
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the chosen coordinates."""
-        kept = x[..., self.kept]
-        moved, log_det = self.transformer.forward(x[..., self.transformed], self._params(kept, context))
+        kept, moving = self._cut(x)
+        moved, log_det = self.transformer.forward(moving, self._params(kept, context))
         return self._join(kept, moved), log_det.sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Transform the chosen coordinates back."""
-        kept = y[..., self.kept]
-        moved, log_det = self.transformer.inverse(y[..., self.transformed], self._params(kept, context))
+        kept, moving = self._cut(y)
+        moved, log_det = self.transformer.inverse(moving, self._params(kept, context))
         return self._join(kept, moved), log_det.sum(-1)
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
@@ -81,6 +84,10 @@ class Coupling(Flow):
         shaped: Tensor = params.unflatten(-1, self._outputs)
         return shaped
 
+    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x if self._in_order else x.index_select(-1, self.order)
+        return x[..., : self._num_kept], x[..., self._num_kept :]
+
     def _join(self, kept: Tensor, moved: Tensor) -> Tensor:
-        kept = kept.expand(*moved.shape[:-1], kept.shape[-1])
-        return torch.cat([kept, moved], -1)[..., self.restore]
+        joined = torch.cat([kept.expand(*moved.shape[:-1], self._num_kept), moved], -1)
+        return joined if self._in_order else joined.index_select(-1, self.restore)

@@ -7,13 +7,12 @@ from torch import Tensor
 
 from pyro_nf.flows.affine import LOG_SCALE_BOUND
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import soft_bound
+from pyro_nf.flows.numerics import multiply, soft_bound, solve_triangular
 from pyro_nf.networks import ContextParameters
 
-# Of |log s| and of the length of the rows of both triangles in `LULinear`. Solving with triangles whose entries grow
-# freely multiplies errors from row to row: at 32 dimensions and entries of 5, no digit of float64 would be left.
+# Of |log s| in `LULinear`: beside other entries of order 1, pivots far from 1 would make a matrix that is singular to
+# rounding.
 LU_LOG_SCALE_BOUND = 5.0
-LU_ROW_BOUND = 2.0
 # How far from orthogonal a start may be: 1e-5 is single precision, or numbers typed with five decimals.
 ORTHOGONALITY = 1e-5
 
@@ -56,10 +55,8 @@ class LULinear(Flow):
     r"""Linear map by an LU factorisation, `y = P L (U + diag(exp(s))) x`.
 
     P is a fixed permutation, L unit lower and U strictly upper triangular. `log_det = sum_i s_i`. Both directions cost
-    O(dim^2), the inverse by two triangular solves. It starts as P, which is the identity by default.
-
-    So that the solves stay accurate, s is softly bounded by +-5, and rows of L - I and of diag(exp(-s)) U are softly
-    bounded to length 2. A map beyond, such as a rotation by 70 degrees, takes two of these.
+    O(dim^2), the inverse by two triangular solves. s is softly bounded by +-5. It starts as P, which is the identity
+    by default.
 
     Args:
         dim: Number of coordinates.
@@ -93,25 +90,23 @@ class LULinear(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Multiply by the factors."""
-        lower, log_scale, upper = self._unpack(context)
-        z = log_scale.exp() * x + (upper @ x[..., None])[..., 0]
-        y = z + (lower @ z[..., None])[..., 0]
-        return y[..., self.order], log_scale.sum(-1).expand(y.shape[:-1])
+        lower, upper, log_scale = self._unpack(context)
+        y = multiply(lower, multiply(upper, x))
+        return y.index_select(-1, self.order), log_scale.sum(-1).expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve with the factors, last first."""
-        lower, log_scale, upper = self._unpack(context)
-        column = y[..., self.inverse_order, None]
-        z = torch.linalg.solve_triangular(lower, column, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(upper + log_scale.exp().diag_embed(), z, upper=True)[..., 0]
+        lower, upper, log_scale = self._unpack(context)
+        z = solve_triangular(lower, y.index_select(-1, self.inverse_order), upper=False, unitriangular=True)
+        x = solve_triangular(upper, z, upper=True)
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        # One matrix holds all: L - I below its diagonal, s on it, diag(exp(-s)) U above.
+        # One matrix holds all: L - I below its diagonal, s on it, U above.
         (packed,) = self.params(context)
         log_scale = soft_bound(packed.diagonal(dim1=-2, dim2=-1), LU_LOG_SCALE_BOUND)
-        upper = log_scale.exp()[..., None] * _bounded_rows(packed.triu(1))
-        return _bounded_rows(packed.tril(-1)), log_scale, upper
+        lower = packed.tril(-1) + torch.eye(len(self.order), dtype=packed.dtype, device=packed.device)
+        return lower, packed.triu(1) + log_scale.exp().diag_embed(), log_scale
 
 
 class Rotation(Flow):
@@ -163,24 +158,25 @@ class Rotation(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rotate, and return zero."""
-        y = (self._matrix(context) @ x[..., None])[..., 0]
+        y = multiply(self._matrix(context), x)
         return y, torch.zeros_like(y[..., 0])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Rotate back, and return zero."""
-        x = (self._matrix(context).mT @ y[..., None])[..., 0]
+        x = multiply(self._matrix(context).mT, y)
         return x, torch.zeros_like(x[..., 0])
 
     def _matrix(self, context: Tensor | None) -> Tensor:
+        # One step of Newton and Schulz towards the nearest orthogonal matrix squares the distance to it: a start that
+        # was kept in single precision becomes orthogonal in double.
+        start = 1.5 * self.start - 0.5 * self.start @ (self.start.mT @ self.start)
         if self.params is None:
-            matrix = self.start if context is None else self.start.expand(*context.shape[:-1], *self.start.shape)
-        else:
-            (skew,) = self.params(context)
-            below = torch.nn.functional.pad(skew, (0, 1))[..., self.skew_index]
-            matrix = self.start @ torch.linalg.matrix_exp(below - below.mT)
-        # One step of Newton and Schulz towards the nearest orthogonal matrix, which squares the distance to it: single
-        # precision, in which the start was kept, becomes double, and the rounding of the exponential is mended.
-        return 1.5 * matrix - 0.5 * matrix @ (matrix.mT @ matrix)
+            return start if context is None else start.expand(*context.shape[:-1], *start.shape)
+        (skew,) = self.params(context)
+        below = torch.nn.functional.pad(skew, (0, 1))
+        below = below.index_select(-1, self.skew_index.flatten()).unflatten(-1, self.skew_index.shape)
+        rotation: Tensor = start @ torch.linalg.matrix_exp(below - below.mT)
+        return rotation
 
 
 def random_orthogonal(dim: int, generator: torch.Generator | None = None) -> Tensor:
@@ -210,12 +206,6 @@ def random_orthogonal(dim: int, generator: torch.Generator | None = None) -> Ten
 def _scale(x: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
     y = log_scale.exp() * x
     return y, log_scale.sum(-1).expand(y.shape[:-1])
-
-
-def _bounded_rows(matrix: Tensor) -> Tensor:
-    # `soft_bound` of the length of each row.
-    length: Tensor = torch.linalg.vector_norm(matrix, dim=-1, keepdim=True)
-    return matrix / (1 + length / LU_ROW_BOUND)
 
 
 def _is_orthogonal(matrix: Tensor) -> bool:

@@ -16,13 +16,31 @@ def positive(raw: Tensor) -> Tensor:
 
 
 def soft_bound(raw: Tensor, bound: float) -> Tensor:
-    """Map R to (-bound, bound) smoothly, with slope 1 at 0: `raw / (1 + |raw / bound|)`."""
-    return raw / (1 + (raw / bound).abs())
+    """Map R to (-bound, bound) smoothly, with slope 1 at 0: `raw / (1 + |raw| / bound)`."""
+    return raw / (1 + raw.abs() / bound)
 
 
 def unbound(value: Tensor, bound: float) -> Tensor:
     """Undo `soft_bound`, for |value| < bound."""
     return value / (1 - (value / bound).abs())
+
+
+def multiply(matrix: Tensor, x: Tensor) -> Tensor:
+    """Return `A x` for points `(*batch, n)` and a matrix `(m, n)`, or one for each, `(*batch, m, n)`."""
+    if matrix.dim() == 2:  # one product for all points
+        return torch.nn.functional.linear(x, matrix)
+    return (matrix @ x[..., None])[..., 0]
+
+
+def solve_triangular(matrix: Tensor, y: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
+    """Solve `A x = y` for points `(*batch, n)` and a triangular matrix `(n, n)`, or one for each, `(*batch, n, n)`."""
+    if matrix.dim() == 2:  # all points are the rows of one system, X A' = Y
+        rows = y.reshape(y.shape[:-1].numel(), y.shape[-1])
+        solved = torch.linalg.solve_triangular(
+            matrix.mT, rows, upper=not upper, left=False, unitriangular=unitriangular
+        )
+        return solved.reshape(y.shape)
+    return torch.linalg.solve_triangular(matrix, y[..., None], upper=upper, unitriangular=unitriangular)[..., 0]
 
 
 @torch.no_grad()

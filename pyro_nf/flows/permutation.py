@@ -36,8 +36,8 @@ class Permutation(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the reordered point and zero."""
-        return x[..., self.order], torch.zeros_like(x[..., 0])
+        return x.index_select(-1, self.order), torch.zeros_like(x[..., 0])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the point in its old order and zero."""
-        return y[..., self.inverse_order], torch.zeros_like(y[..., 0])
+        return y.index_select(-1, self.inverse_order), torch.zeros_like(y[..., 0])

@@ -35,21 +35,22 @@ class Radial(Flow):
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `y` and its log-determinant."""
         x0, alpha, g = self._unpack(context)
-        r = torch.linalg.vector_norm(x - x0, dim=-1, keepdim=True)
-        across, along = _stretch(r, alpha, g)
-        return x0 + (x - x0) * across, self._log_det(across, along)
+        offset = x - x0
+        across, along = _stretch(torch.linalg.vector_norm(offset, dim=-1, keepdim=True), alpha, g)
+        return x0 + offset * across, self._log_det(across, along)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `x`, by the root of a quadratic, and its log-determinant."""
         x0, alpha, g = self._unpack(context)
-        t = torch.linalg.vector_norm(y - x0, dim=-1, keepdim=True)
+        offset = y - x0
+        t = torch.linalg.vector_norm(offset, dim=-1, keepdim=True)
         b = alpha * g - t
         # b = t = 0 cannot be: alpha g > 0. So the root is of a positive number, and has finite gradients.
         root = (b**2 + 4 * alpha * t).sqrt()
         # The two forms of the positive root; each sum is of two terms of one sign, so nothing cancels.
         r = torch.where(b > 0, 2 * alpha * t / (b.abs() + root), 0.5 * (b.abs() + root))
         across, along = _stretch(r, alpha, g)
-        return x0 + (y - x0) / across, -self._log_det(across, along)
+        return x0 + offset / across, -self._log_det(across, along)
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         x0, raw_alpha, raw_g = self.params(context)

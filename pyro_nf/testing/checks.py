@@ -176,11 +176,12 @@ def log_det(case: Case, inverse: bool) -> float:
     """The log-determinant against autograd's."""
     log_det, jacobian = _jacobian(case, inverse)
     wanted = _slogdet(jacobian)
-    # The entries of autograd's Jacobian are rounded as well; elimination rounds them relative to the largest, but has
-    # nothing to do in a triangular matrix.
+    # The entries of autograd's Jacobian are rounded as well; elimination rounds them relative to the largest, once for
+    # each row, but has nothing to do in a triangular matrix.
     errors = ROUNDING * jacobian.abs()
     if bool(jacobian.triu(1).any()) and bool(jacobian.tril(-1).any()):
-        errors = errors + torch.finfo(jacobian.dtype).eps * jacobian.abs().amax((-2, -1), keepdim=True)
+        rows = torch.finfo(jacobian.dtype).eps * jacobian.shape[-1]
+        errors = errors + rows * jacobian.abs().amax((-2, -1), keepdim=True)
     near = [_slogdet(jacobian + errors * torch.randn_like(jacobian)) for _ in range(3)]
     return _error(log_det, wanted, 4 * torch.stack([(other - wanted).abs() for other in near]).amax(0))
 

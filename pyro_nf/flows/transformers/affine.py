@@ -44,7 +44,7 @@ class Affine:
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return `shift + exp(s) x` and s."""
         shift, log_scale = params[..., 0], soft_bound(params[..., 1], self.bound)
-        y = shift + log_scale.exp() * x
+        y = torch.addcmul(shift, log_scale.exp(), x)
         return y, log_scale.expand_as(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,7 @@ class Gated:
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return `y` and `log(gate / gate_0)`."""
         offset, log_scale = self._unpack(params)
-        y = log_scale.exp() * x + offset
+        y = torch.addcmul(offset, log_scale.exp(), x)
         return y, log_scale.expand_as(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
