@@ -8,10 +8,26 @@ import torch
 
 from pyro_nf.flows.autoregressive import Autoregressive
 from pyro_nf.flows.base import Flow, Inverse, Sequential
+from pyro_nf.flows.block_autoregressive import BlockAutoregressive
+from pyro_nf.flows.convolution import ConvolutionCoupling
 from pyro_nf.flows.coupling import Coupling
+from pyro_nf.flows.elementwise import SLog
+from pyro_nf.flows.householder import Householder
+from pyro_nf.flows.linear import Diagonal, LULinear, Rotation, random_orthogonal
+from pyro_nf.flows.linear_iaf import LinearIAF
+from pyro_nf.flows.normalization import ActNorm
 from pyro_nf.flows.planar import Planar
 from pyro_nf.flows.radial import Radial
-from pyro_nf.flows.transformers import Additive, Affine, Gated, Transformer
+from pyro_nf.flows.sylvester import Sylvester
+from pyro_nf.flows.transformers import (
+    Additive,
+    Affine,
+    DeepSigmoidal,
+    Gated,
+    LogisticMixture,
+    RationalQuadraticSpline,
+    Transformer,
+)
 
 
 def make(name: str, dim: int, **options: Any) -> Flow:
@@ -20,7 +36,8 @@ def make(name: str, dim: int, **options: Any) -> Flow:
     Args:
         name: One of `names()`.
         dim: Number of coordinates.
-        **options: `depth`, `context_dim`, and `hidden_dims` where the flow has networks.
+        **options: `depth`, `context_dim`, `hidden_dims` where the flow has networks, and what else the function of
+            this name in `pyro_nf.flows.stacks` takes.
 
     Returns:
         A flow that is the identity at first.
@@ -56,14 +73,100 @@ def radial(dim: int, depth: int = 16, context_dim: int = 0) -> Sequential:
     return Sequential(*(Radial(dim, context_dim) for _ in range(depth)))
 
 
+def sylvester_orthogonal(dim: int, depth: int = 4, num_units: int | None = None, context_dim: int = 0) -> Sequential:
+    """Sylvester flows with a free orthonormal basis (van den Berg et al. 2018)."""
+    return Sequential(*(Sylvester(dim, num_units, "orthogonal", context_dim) for _ in range(depth)))
+
+
+def sylvester_householder(dim: int, depth: int = 4, num_units: int | None = None, context_dim: int = 0) -> Sequential:
+    """Sylvester flows with a basis of reflections (van den Berg et al. 2018)."""
+    return Sequential(*(Sylvester(dim, num_units, "householder", context_dim) for _ in range(depth)))
+
+
+def sylvester_triangular(dim: int, depth: int = 4, context_dim: int = 0) -> Sequential:
+    """Sylvester flows along the coordinates, in alternating order (van den Berg et al. 2018)."""
+    return Sequential(
+        *(Sylvester(dim, None, "triangular", context_dim, reverse=layer % 2 == 1) for layer in range(depth))
+    )
+
+
+def householder(dim: int, depth: int = 5, context_dim: int = 0) -> Sequential:
+    """Pairs of Householder reflections (Tomczak & Welling 2016): volume preserving."""
+    return Sequential(*(Householder(dim, 2, context_dim) for _ in range(depth)))
+
+
+def linear_iaf(dim: int, depth: int = 1, num_matrices: int = 1, context_dim: int = 0) -> Sequential:
+    """Linear IAF, or with `num_matrices` > 1 convex combination linear IAF (Tomczak & Welling 2017)."""
+    return Sequential(*(LinearIAF(dim, num_matrices, context_dim) for _ in range(depth)))
+
+
 def nice(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
-    """Additive couplings with alternating masks (Dinh et al. 2014)."""
-    return _couplings(dim, depth, Additive(), hidden_dims, context_dim)
+    """Additive couplings with alternating masks, and a diagonal at the end (Dinh et al. 2014)."""
+    couplings = _couplings(dim, depth, Additive(), hidden_dims, context_dim)
+    return Sequential(*couplings, Diagonal(dim, context_dim))
+
+
+def nice_perm(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+    """Additive couplings, each in a random order of its own (Rezende & Mohamed 2015): volume preserving.
+
+    There a permutation stands before every coupling; here it is undone after it, so that the flow starts as the
+    identity: which is a coupling with a random mask. The two differ by one permutation at the end of the stack.
+    """
+    generator = torch.Generator().manual_seed(0)
+    masks = [_random_half(dim, generator) for _ in range(depth)]
+    return Sequential(*(Coupling(dim, mask.tolist(), Additive(), hidden_dims, context_dim) for mask in masks))
+
+
+def nice_ortho(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+    """Additive couplings, each in a random orthonormal basis of its own (Rezende & Mohamed 2015): volume preserving.
+
+    As in `nice_perm`, the basis is undone after the coupling.
+    """
+    generator = torch.Generator().manual_seed(0)
+    flows: list[Flow] = []
+    for _ in range(depth):
+        turn = Rotation(dim, start=random_orthogonal(dim, generator), trainable=False)
+        flows += [turn, Coupling(dim, None, Additive(), hidden_dims, context_dim), Inverse(turn)]
+    return Sequential(*flows)
 
 
 def realnvp(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
     """Affine couplings with alternating masks (Dinh et al. 2016)."""
-    return _couplings(dim, depth, Affine(), hidden_dims, context_dim)
+    return Sequential(*_couplings(dim, depth, Affine(), hidden_dims, context_dim))
+
+
+def glow(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+    """Affine couplings, each before a linear map and an actnorm (Kingma & Dhariwal 2018), for vectors."""
+    steps = [
+        (coupling, LULinear(dim), ActNorm(dim))
+        for coupling in _couplings(dim, depth, Affine(), hidden_dims, context_dim)
+    ]
+    return Sequential(*(flow for step in steps for flow in step))
+
+
+def spline_coupling(
+    dim: int, depth: int = 4, hidden_dims: Sequence[int] = (32, 32), num_bins: int = 8, context_dim: int = 0
+) -> Sequential:
+    """Rational-quadratic spline couplings with alternating masks (Durkan et al. 2019)."""
+    return Sequential(*_couplings(dim, depth, RationalQuadraticSpline(num_bins), hidden_dims, context_dim))
+
+
+def flowpp(
+    dim: int, depth: int = 4, hidden_dims: Sequence[int] = (32, 32), num_components: int = 8, context_dim: int = 0
+) -> Sequential:
+    """Mixture of logistics couplings with alternating masks (Ho et al. 2019)."""
+    return Sequential(*_couplings(dim, depth, LogisticMixture(num_components), hidden_dims, context_dim))
+
+
+def convolution(
+    dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), gate: bool = False, context_dim: int = 0
+) -> Sequential:
+    """Couplings by data-dependent circular convolutions, with `gate` each before an S-Log gate (Karami et al. 2019)."""
+    flows: list[Flow] = []
+    for mask in _alternating_masks(dim, depth):
+        flows.append(ConvolutionCoupling(dim, mask, "circular", hidden_dims, context_dim))
+        flows += [SLog(dim, context_dim)] if gate else []
+    return Sequential(*flows)
 
 
 def iaf(dim: int, depth: int = 4, hidden_dims: Sequence[int] | None = None, context_dim: int = 0) -> Sequential:
@@ -76,18 +179,44 @@ def maf(dim: int, depth: int = 4, hidden_dims: Sequence[int] | None = None, cont
     return Inverse(_autoregressive(dim, depth, Affine(), hidden_dims, context_dim))
 
 
+def spline_autoregressive(
+    dim: int, depth: int = 2, hidden_dims: Sequence[int] | None = None, num_bins: int = 8, context_dim: int = 0
+) -> Sequential:
+    """Autoregressive rational-quadratic splines in alternating order (Durkan et al. 2019): one pass to sample."""
+    return _autoregressive(dim, depth, RationalQuadraticSpline(num_bins), hidden_dims, context_dim)
+
+
+def naf(
+    dim: int, depth: int = 2, hidden_dims: Sequence[int] | None = None, num_units: int = 8, context_dim: int = 0
+) -> Sequential:
+    """Autoregressive deep sigmoidal flows in alternating order (Huang et al. 2018): one pass to sample."""
+    return _autoregressive(dim, depth, DeepSigmoidal(num_units), hidden_dims, context_dim)
+
+
+def bnaf(dim: int, depth: int = 2, units: int = 8, context_dim: int = 0) -> Sequential:
+    """Block neural autoregressive flows in alternating order (De Cao et al. 2019): one pass to sample."""
+    return Sequential(
+        *(BlockAutoregressive(dim, units, reverse=layer % 2 == 1, context_dim=context_dim) for layer in range(depth))
+    )
+
+
+def _random_half(dim: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randperm(dim, generator=generator).argsort() < (dim + 1) // 2
+
+
+def _alternating_masks(dim: int, depth: int) -> list[list[bool]]:
+    """Masks in pairs: a random half is transformed by the first coupling, the other half by the second."""
+    generator = torch.Generator().manual_seed(0)  # the same masks for every user, and no draw from the global state
+    halves = [_random_half(dim, generator) for _ in range(0, depth, 2)]
+    masks = [mask for half in halves for mask in (half, half if dim == 1 else ~half)]
+    return [mask.tolist() for mask in masks[:depth]]
+
+
 def _couplings(
     dim: int, depth: int, transformer: Transformer, hidden_dims: Sequence[int], context_dim: int
-) -> Sequential:
-    """Couplings in pairs: a random half is transformed by the first, the other half by the second."""
-    generator = torch.Generator().manual_seed(0)  # the same masks for every user, and no draw from the global state
-    flows = []
-    for layer in range(depth):
-        if layer % 2 == 0:
-            half = torch.randperm(dim, generator=generator).argsort() < (dim + 1) // 2
-        mask = half if layer % 2 == 0 or dim == 1 else ~half
-        flows.append(Coupling(dim, mask.tolist(), transformer, hidden_dims, context_dim))
-    return Sequential(*flows)
+) -> list[Coupling]:
+    masks = _alternating_masks(dim, depth)
+    return [Coupling(dim, mask, transformer, hidden_dims, context_dim) for mask in masks]
 
 
 def _autoregressive(
@@ -102,5 +231,27 @@ def _autoregressive(
 
 
 _STACKS: dict[str, Callable[..., Flow]] = {
-    function.__name__: function for function in (planar, radial, nice, realnvp, iaf, maf)
+    function.__name__: function
+    for function in (
+        planar,
+        radial,
+        sylvester_orthogonal,
+        sylvester_householder,
+        sylvester_triangular,
+        householder,
+        linear_iaf,
+        nice,
+        nice_perm,
+        nice_ortho,
+        realnvp,
+        glow,
+        spline_coupling,
+        flowpp,
+        convolution,
+        iaf,
+        maf,
+        spline_autoregressive,
+        naf,
+        bnaf,
+    )
 }

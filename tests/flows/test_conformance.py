@@ -7,19 +7,36 @@ import pytest
 import torch
 
 from pyro_nf.flows import (
+    ActNorm,
     Additive,
     Affine,
     Autoregressive,
+    BatchNorm,
+    BlockAutoregressive,
+    CircularConvolution,
+    ConvolutionCoupling,
     Coupling,
+    DeepSigmoidal,
+    Diagonal,
     ElementwiseAffine,
     Flow,
     Gated,
+    Householder,
     Inverse,
+    LinearIAF,
+    LogisticMixture,
     LowerTriangularAffine,
+    LULinear,
     Permutation,
     Planar,
+    PReLU,
     Radial,
+    RationalQuadraticSpline,
+    Rotation,
     Sequential,
+    SLog,
+    Sylvester,
+    SymmetricConvolution,
     stacks,
 )
 from pyro_nf.testing import check_flow
@@ -29,9 +46,27 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "LowerTriangularAffine": LowerTriangularAffine,
     "Planar": Planar,
     "Radial": Radial,
+    "Sylvester-orthogonal": Sylvester,
+    "Sylvester-householder": partial(Sylvester, basis="householder"),
+    "Sylvester-triangular": partial(Sylvester, basis="triangular"),
+    "Householder": Householder,
+    "LinearIAF": LinearIAF,
     "Coupling-affine": Coupling,
     "Coupling-additive": partial(Coupling, transformer=Additive()),
     "Coupling-gated": partial(Coupling, transformer=Gated()),
+    "Coupling-spline": partial(Coupling, transformer=RationalQuadraticSpline()),
+    "Coupling-logistic": partial(Coupling, transformer=LogisticMixture()),
+    "Coupling-sigmoidal": partial(Coupling, transformer=DeepSigmoidal()),
+    "CircularConvolution": CircularConvolution,
+    "SymmetricConvolution": SymmetricConvolution,
+    "ConvolutionCoupling-circular": ConvolutionCoupling,
+    "ConvolutionCoupling-symmetric": partial(ConvolutionCoupling, kind="symmetric"),
+    "PReLU": PReLU,
+    "Diagonal": Diagonal,
+    "LULinear": LULinear,
+    "Rotation": Rotation,
+    "ActNorm": ActNorm,
+    "BatchNorm": lambda dim, context_dim: BatchNorm(dim, context_dim).eval(),
     "Inverse-Planar": lambda dim, context_dim: Inverse(Planar(dim, context_dim)),
     "Sequential-mixed": lambda dim, context_dim: Sequential(
         ElementwiseAffine(dim), Permutation(range(dim)[::-1]), Radial(dim, context_dim)
@@ -42,6 +77,10 @@ AUTOREGRESSIVE: dict[str, Callable[..., Flow]] = {
     "additive": partial(Autoregressive, transformer=Additive()),
     "gated": partial(Autoregressive, transformer=Gated()),
     "deep": partial(Autoregressive, transformer=Affine(), hidden_dims=(8, 12, 8)),
+    "spline": partial(Autoregressive, transformer=RationalQuadraticSpline()),
+    "logistic": partial(Autoregressive, transformer=LogisticMixture()),
+    "sigmoidal": partial(Autoregressive, transformer=DeepSigmoidal()),
+    "block": BlockAutoregressive,
 }
 sizes = pytest.mark.parametrize(("dim", "context_dim"), [(d, c) for d in (1, 2, 5) for c in (0, 3)])
 
@@ -64,6 +103,18 @@ def test_flow(make: Callable[..., Flow], dim: int, context_dim: int) -> None:
 def test_autoregressive(make: Callable[..., Flow], dim: int, context_dim: int) -> None:
     factory = partial(make, dim, context_dim=context_dim)
     check_flow(factory(), factory=factory, triangular="lower")
+
+
+@sizes
+def test_convex_combination(dim: int, context_dim: int) -> None:
+    factory = partial(LinearIAF, dim, 4 if context_dim else 1, context_dim)
+    check_flow(factory(), factory=factory, triangular="lower")
+
+
+@sizes
+def test_slog(dim: int, context_dim: int) -> None:
+    factory = partial(SLog, dim, context_dim)
+    check_flow(factory(), factory=factory, reach=10.0)  # one direction is exponential
 
 
 @sizes
