@@ -142,8 +142,14 @@ def test_wide(name: str, context_dim: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [*FLOWS.values(), *AUTOREGRESSIVE.values()], ids=[*FLOWS, *AUTOREGRESSIVE])
+def test_compiled(make: Callable[..., Flow]) -> None:
+    check_flow(make(5, context_dim=3), identity=False, compile="forward")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", stacks.names())
-def test_compiled(name: str, context_dim: int) -> None:
+def test_compiled_stack(name: str, context_dim: int) -> None:
     fast = "inverse" if name == "maf" else "forward"
     check_flow(stacks.make(name, 5, depth=2, context_dim=context_dim), compile=fast)

@@ -13,7 +13,7 @@ named = pytest.mark.parametrize("name", stacks.names())
 
 @pytest.mark.parametrize(("name", "near"), [("realNVP", "realnvp"), ("plannar", "planar"), ("imaf", "maf")])
 def test_unknown_name_offers_the_nearest(name: str, near: str) -> None:
-    with pytest.raises(ValueError, match=rf"flow must be one of iaf, .*; got '{name}'; did you mean .*'{near}'"):
+    with pytest.raises(ValueError, match=rf"flow must be one of bnaf, .*; got '{name}'; did you mean .*'{near}'"):
         stacks.make(name, 3)
 
 
@@ -25,8 +25,10 @@ def test_unknown_name_without_a_near_one() -> None:
 @named
 def test_options_reach_the_stack(name: str) -> None:
     flow = stacks.make(name, 3, depth=3, context_dim=2)
-    inner = flow.flow if name == "maf" else flow
-    assert len(inner.flows) == 3
+    layers = (flow.flow if name == "maf" else flow).flows
+    # Of each layer; and the diagonal at the end of NICE.
+    flows = {"glow": 3, "nice_ortho": 3}.get(name, 1) * 3 + (name == "nice")
+    assert len(layers) == flows
     assert flow.context_dim == 2
     assert flow.event_shape == (3,)
 
