@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
-from pyro_nf.networks import MaskedLinear
+from pyro_nf.networks import MaskedLinear, freeze
 
 # Of the log of an activation's slope at its centre, and of the log of its steepness: e^5 = 148 and e^3 = 20.
 LOG_GAIN_BOUND = 5.0
@@ -118,11 +118,12 @@ class _BlockLinear(nn.Module):
     def __init__(self, dim: int, units_in: int, units_out: int) -> None:
         super().__init__()
         self.own = nn.Parameter(torch.zeros(dim, units_out, units_in))
-        self.own.requires_grad_(units_in > 1)  # the weight of a single unit is 1
+        if units_in == 1:
+            freeze(self, "own")  # the weight of a single unit is 1
         before, after = (torch.arange(dim).repeat_interleave(units) for units in (units_in, units_out))
         self.before = MaskedLinear(after[:, None] > before)
-        for tensor in self.before.parameters():
-            nn.init.zeros_(tensor)
+        nn.init.zeros_(self.before.weight)
+        nn.init.zeros_(self.before.bias)
 
 
 class _Activation(nn.Module):

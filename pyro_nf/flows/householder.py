@@ -5,7 +5,7 @@ from torch import Tensor
 
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular
-from pyro_nf.networks import ContextParameters
+from pyro_nf.networks import ContextParameters, freeze
 
 
 class Householder(Flow):
@@ -46,7 +46,8 @@ class Householder(Flow):
             raise ValueError(f"num_reflections must be at least 1; got {num_reflections}")
         pairs = torch.randn((num_reflections + 1) // 2, dim).repeat_interleave(2, 0)
         self.params = ContextParameters({"directions": pairs[:num_reflections]}, context_dim)
-        self.params.requires_grad_(dim > 1)
+        if dim == 1:
+            freeze(self)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the reflected point and zero."""

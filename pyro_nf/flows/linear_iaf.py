@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular
-from pyro_nf.networks import ContextParameters
+from pyro_nf.networks import ContextParameters, freeze
 
 
 class LinearIAF(Flow):
@@ -55,7 +55,8 @@ class LinearIAF(Flow):
         entries = max(dim * (dim - 1) // 2, 1)
         self.params = ContextParameters({"tril": torch.zeros(num_matrices, entries)}, context_dim)
         self.mixture = nn.Linear(context_dim, num_matrices) if num_matrices > 1 else None
-        self.requires_grad_(dim > 1)
+        if dim == 1:
+            freeze(self)
         # Where each entry of L - I stands in (tril, 0): gathering keeps the matrix free of in-place writes.
         index = torch.full((dim, dim), entries)
         index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(dim * (dim - 1) // 2)

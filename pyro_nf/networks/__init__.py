@@ -4,6 +4,6 @@ from pyro_nf.networks.convolutional import ConvNet
 from pyro_nf.networks.made import MADE, MaskedLinear
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.order_agnostic import OrderAgnosticMADE
-from pyro_nf.networks.parameters import ContextParameters
+from pyro_nf.networks.parameters import ContextParameters, freeze
 
-__all__ = ["MADE", "MLP", "ContextParameters", "ConvNet", "MaskedLinear", "OrderAgnosticMADE"]
+__all__ = ["MADE", "MLP", "ContextParameters", "ConvNet", "MaskedLinear", "OrderAgnosticMADE", "freeze"]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.networks.mlp import MLP
+from pyro_nf.networks.parameters import freeze
 
 
 class MaskedLinear(nn.Linear):
@@ -15,8 +16,9 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        self.weight.requires_grad_(bool(mask.any()))  # weights that are all masked are no parameters
         self.register_buffer("mask", mask.to(self.weight.dtype))
+        if not bool(mask.any()):
+            freeze(self, "weight")  # weights that are all masked are no parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `x`."""

@@ -5,6 +5,15 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 
+def freeze(module: nn.Module, *names: str) -> None:
+    """Turn parameters of a module into buffers, all or those of these names: Pyro warns of untrained parameters."""
+    for part in module.modules():
+        for name, value in list(part.named_parameters(recurse=False)):
+            if not names or name in names:
+                delattr(part, name)
+                part.register_buffer(name, value.detach())
+
+
 class ContextParameters(nn.Module):
     r"""Named tensors `theta_k + V_k c`: trainable on their own, shifted by a linear map of the context if there is one.
 
