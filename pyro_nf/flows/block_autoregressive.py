@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,34 +66,32 @@ class BlockAutoregressive(Flow):
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the network."""
-        x = x.flip(-1) if self.reverse else x
-        shift = self._shift(context)
+        before, averages, activations = self._parts(context)
 
         def offset(k: int, h: Tensor) -> Tensor:
-            flat = self.layers[k].before(h.flatten(-2))
-            return (flat + shift if k == 0 else flat).unflatten(-1, (h.shape[-2], -1))
+            weight, bias = before[k]
+            total = nn.functional.linear(h.flatten(-2), weight) + bias
+            blocks: Tensor = total.unflatten(-1, (h.shape[-2], -1))
+            return blocks
 
-        y, slope, _ = _run(x, *self._weights(), offset)
+        y, slope, _ = _run(x.flip(-1) if self.reverse else x, averages, activations, offset)
         # A slope is a sum of products of positive numbers.
         return y.flip(-1) if self.reverse else y, slope.log().sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Solve for one coordinate after another."""
-        averages, activations = self._weights()
+        before, averages, activations = self._parts(context)
         # What the coordinates already found add to the units of those that wait, and the weights that carry it there.
-        waiting = [layer.before.bias for layer in self.layers]
-        waiting[0] = waiting[0] + self._shift(context)
-        blocks = [
-            layer.before.weight.split(average.shape[-1], 1)
-            for layer, average in zip(self.layers, averages, strict=True)
-        ]
+        blocks = [weight.split(average.shape[-1], 1) for (weight, _), average in zip(before, averages, strict=True)]
+        waiting = [bias for _, bias in before]
         values, log_slopes = [], []
         for i, target in enumerate((y.flip(-1) if self.reverse else y).split(1, -1)):
             own = [average[i : i + 1] for average in averages], [[p[i : i + 1] for p in act] for act in activations]
             offsets = []
             for k, rest in enumerate(waiting):
-                now, waiting[k] = rest.split((averages[k].shape[1], rest.shape[-1] - averages[k].shape[1]), -1)
-                offsets.append(now[..., None, :])
+                units = averages[k].shape[1]
+                offsets.append(rest[..., None, :units])
+                waiting[k] = rest[..., units:]
             x = _solve(target, *own, offsets)
             _, slope, inputs = _run(x, *own, _fixed(offsets))
             for k, h in enumerate(inputs):
@@ -103,13 +102,13 @@ class BlockAutoregressive(Flow):
         x = torch.cat(values[::-1] if self.reverse else values, -1)
         return x, -torch.cat(log_slopes, -1).sum(-1)
 
-    def _shift(self, context: Tensor | None) -> Tensor | float:
-        shift: Tensor | float = 0.0 if self.from_context is None else self.from_context(context)
-        return shift
-
-    def _weights(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]]]:
-        """The averages of each layer, `(dim, after, before)`, and its activation's parameters, each `(dim, units)`."""
-        return [layer.own.softmax(-1) for layer in self.layers], [activation() for activation in self.activations]
+    def _parts(self, context: Tensor | None) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor], list["Activation"]]:
+        """Of each layer, weight and bias of what comes before, the averages, and the activation's parameters."""
+        layers: list[Any] = list(self.layers)
+        before = [(layer.before.masked_weight(), layer.before.bias) for layer in layers]
+        if self.from_context is not None:
+            before[0] = before[0][0], before[0][1] + self.from_context(context)
+        return before, [layer.own.softmax(-1) for layer in layers], [activation() for activation in self.activations]
 
 
 class _BlockLinear(nn.Module):

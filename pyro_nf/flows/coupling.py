@@ -49,10 +49,10 @@ class Coupling(Flow):
         if len(mask) != dim or not any(mask):
             raise ValueError(f"mask must hold dim={dim} booleans, one of them true; got {mask}")
         chosen = torch.tensor(mask)
-        self.register_buffer("transformed", chosen.nonzero()[:, 0])
+        self.register_buffer("transformed", chosen.nonzero()[:, 0], persistent=False)
         # Kept coordinates first, and back.
-        self.register_buffer("order", torch.cat([(~chosen).nonzero()[:, 0], self.transformed]))
-        self.register_buffer("restore", self.order.argsort())
+        self.register_buffer("order", torch.cat([(~chosen).nonzero()[:, 0], self.transformed]), persistent=False)
+        self.register_buffer("restore", self.order.argsort(), persistent=False)
         self._num_kept = dim - len(self.transformed)
         self._in_order = sorted(mask) == mask
         self.transformer = transformer or Affine()

@@ -81,4 +81,5 @@ class LinearIAF(Flow):
         else:
             combined = (self.mixture(context).softmax(-1)[..., None] * tril).sum(-2)
         padded = nn.functional.pad(combined, (0, 1))
-        return padded.index_select(-1, self.tril_index.flatten()).unflatten(-1, self.tril_index.shape)
+        below: Tensor = padded.index_select(-1, self.tril_index.flatten()).unflatten(-1, self.tril_index.shape)
+        return below

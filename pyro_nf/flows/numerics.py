@@ -29,18 +29,20 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     """Return `A x` for points `(*batch, n)` and a matrix `(m, n)`, or one for each, `(*batch, m, n)`."""
     if matrix.dim() == 2:  # one product for all points
         return torch.nn.functional.linear(x, matrix)
-    return (matrix @ x[..., None])[..., 0]
+    product: Tensor = (matrix @ x[..., None])[..., 0]
+    return product
 
 
 def solve_triangular(matrix: Tensor, y: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
     """Solve `A x = y` for points `(*batch, n)` and a triangular matrix `(n, n)`, or one for each, `(*batch, n, n)`."""
     if matrix.dim() == 2:  # all points are the rows of one system, X A' = Y
         rows = y.reshape(y.shape[:-1].numel(), y.shape[-1])
-        solved = torch.linalg.solve_triangular(
+        solved: Tensor = torch.linalg.solve_triangular(
             matrix.mT, rows, upper=not upper, left=False, unitriangular=unitriangular
         )
         return solved.reshape(y.shape)
-    return torch.linalg.solve_triangular(matrix, y[..., None], upper=upper, unitriangular=unitriangular)[..., 0]
+    columns: Tensor = torch.linalg.solve_triangular(matrix, y[..., None], upper=upper, unitriangular=unitriangular)
+    return columns[..., 0]
 
 
 @torch.no_grad()

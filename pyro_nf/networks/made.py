@@ -1,6 +1,7 @@
 """Masked autoencoder: a network whose k-th output sees only the inputs that come before the k-th."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,17 @@ class MaskedLinear(nn.Linear):
 
     def __init__(self, mask: Tensor) -> None:
         super().__init__(mask.shape[1], mask.shape[0])
-        self.register_buffer("mask", mask.to(self.weight.dtype))
+        self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         if not bool(mask.any()):
             freeze(self, "weight")  # weights that are all masked are no parameters
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to the last dimension of `x`."""
-        return nn.functional.linear(x, self.weight * self.mask, self.bias)
+        return nn.functional.linear(x, self.masked_weight(), self.bias)
+
+    def masked_weight(self) -> Tensor:
+        """Return `W * mask`."""
+        return self.weight * self.mask
 
 
 class MADE(MLP):
@@ -103,7 +108,8 @@ class MADE(MLP):
             The values, `(*batch, dim)`.
         """
         dim = len(self._coordinates)
-        first, *inner, last = self.layers
+        layers: list[Any] = list(self.layers)
+        first, *inner, last = layers
         # Columns of each layer's weight by the degree of the unit they belong to. All rows that still wait when a unit
         # is run may see it, which is why no mask is needed.
         blocks = [first.weight[:, self._coordinates].split(1, 1)]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
@@ -81,8 +82,9 @@ class OrderAgnosticMADE(MLP):
         degrees = [getattr(self, f"degrees_{k}")[mask] for k in range(len(self.layers))]
         masks = [above[:, None] >= below for below, above in pairwise(degrees)]
         masks.append((degrees[0][:, None] > degrees[-1]).repeat_interleave(self.num_params, 0))
+        layers: list[Any] = list(self.layers)
         h = x
-        for k, (layer, visible) in enumerate(zip(self.layers, masks, strict=True)):
+        for k, (layer, visible) in enumerate(zip(layers, masks, strict=True)):
             h = nn.functional.linear(self.activation(h) if k else h, layer.weight * visible, layer.bias)
             if k == 0 and self.from_context is not None:
                 h = h + self.from_context(context)

@@ -189,9 +189,9 @@ def log_det(case: Case, inverse: bool) -> float:
 
 
 def _slogdet(matrix: Tensor) -> Tensor:
-    if bool(matrix.triu(1).any()) and bool(matrix.tril(-1).any()):
-        return torch.linalg.slogdet(matrix)[1]
-    return matrix.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    full = bool(matrix.triu(1).any()) and bool(matrix.tril(-1).any())
+    log_det: Tensor = torch.linalg.slogdet(matrix)[1] if full else matrix.diagonal(dim1=1, dim2=2).abs().log().sum(-1)
+    return log_det
 
 
 def triangular(case: Case, kind: str) -> float:

@@ -1,5 +1,7 @@
 """Transformers that are affine in their coordinate: additive, affine, gated."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -89,6 +91,6 @@ class Gated:
 
     def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, s = params[..., 0], soft_bound(params[..., 1], self.bound) + self.forget_bias
-        log_gate_0 = torch.nn.functional.logsigmoid(torch.full_like(s, self.forget_bias))
+        log_gate_0 = -math.log1p(math.exp(-self.forget_bias))
         # 1 - sigmoid(s) = sigmoid(-s), without cancellation.
         return torch.sigmoid(-s) * shift, torch.nn.functional.logsigmoid(s) - log_gate_0

@@ -93,8 +93,8 @@ class LogisticMixture:
         x, log_slope = self.mixture.inverse(z, mixture)
         return x, log_slope + log_scale
 
-    def _split(self, params: Tensor) -> tuple[Tensor, ...]:
-        return params.split((self.mixture.num_params, self.affine.num_params), -1)
+    def _split(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        return params[..., : self.mixture.num_params], params[..., self.mixture.num_params :]
 
 
 def _mix(x: Tensor, log_w: Tensor, log_a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
