@@ -11,12 +11,12 @@ from pyro_nf.networks import ContextParameters
 class Planar(Flow):
     r"""Planar flow, `y = x + u_hat tanh(w'x + b)`: stretches and compresses along one direction.
 
-    `u_hat = u + (m - w'u) w / ||w||^2` with `m = positive(w'u) - 1 > -1`, so that `w'u_hat = m` and the map is
+    `u_hat = u + (m - 1 - w'u) w / ||w||^2` with `m = positive(w'u) > 0`, so that `w'u_hat = m - 1 > -1` and the map is
     invertible. `positive(0) = 1`: u = 0 is the identity, where the flow starts.
-    `log_det = log(tanh^2 + (m + 1) (1 - tanh^2))`, `log(1 + w'u_hat tanh')` written as a sum of positive terms.
+    `log_det = log(tanh^2 + m (1 - tanh^2))`, which is `log(1 + w'u_hat tanh')` written as a sum of positive terms.
 
-    Both directions cost O(dim). The inverse has no formula: `a = w'x` is the root of `a + m tanh(a + b) = w'y`, found
-    numerically in `[w'y - |m|, w'y + |m|]` with implicit gradients.
+    Both directions cost O(dim). The inverse has no formula: `v = w'x + b` solves `v + (m - 1) tanh(v) = w'y + b`, a
+    scalar root that is found numerically, with implicit gradients.
 
     Args:
         dim: Number of coordinates.
@@ -42,19 +42,11 @@ class Planar(Flow):
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `x`, by a scalar root, and its log-determinant."""
         w, b, u_hat, slope = self._unpack(context)
-        target, m = (w * y).sum(-1, keepdim=True), slope - 1
-
-        def along(a: Tensor) -> tuple[Tensor, Tensor]:
-            h = torch.tanh(a + b)
-            return a + m * h, h**2 + slope * (1 - h**2)
-
-        root = solve_increasing(along, target, target - m.abs(), target + m.abs())
-        h = torch.tanh(root + b)
-        residual = target - (root + m * h)
-        # dh/da / (d target/da) turns a residual into a step of h: the implicit gradient. For m > 0 the divisor is >= 1,
-        # and the step is taken in value too, as Newton's: forward would magnify the rounding of root by m.
-        step = ((1 - h**2) / (h**2 + slope * (1 - h**2))).detach()
-        h = implicit_gradient(h + torch.where(m > 0, step * residual, 0.0).detach(), residual, lambda r: step * r)
+        target = (w * y).sum(-1, keepdim=True) + b
+        v = solve_tanh(target, slope)
+        h = torch.tanh(v)
+        v = implicit_gradient(v, target - (v + (slope - 1) * h), lambda r: r / mean_slope(h, slope).detach())
+        h = torch.tanh(v)
         return y - u_hat * h, -_log_det(h, slope)
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -67,5 +59,21 @@ class Planar(Flow):
 
 
 def _log_det(h: Tensor, slope: Tensor) -> Tensor:
-    # A weighted mean of 1 and slope > 0, hence positive.
-    return (h**2 + slope * (1 - h**2)).log().squeeze(-1)
+    # The argument is positive, because slope is.
+    return mean_slope(h, slope).log().squeeze(-1)
+
+
+def mean_slope(h: Tensor, slope: Tensor) -> Tensor:
+    """Return `1 + (slope - 1) tanh'` at `h = tanh`, as the weighted mean of 1 and slope that it is."""
+    return h**2 + slope * (1 - h**2)
+
+
+def solve_tanh(target: Tensor, slope: Tensor) -> Tensor:
+    """Solve `v + (slope - 1) tanh(v) = target` for slope > 0, without gradients."""
+
+    def along(v: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(v)
+        return v + (slope - 1) * h, mean_slope(h, slope)
+
+    reach = (slope - 1).abs()  # tanh is within +-1
+    return solve_increasing(along, target, target - reach, target + reach)

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.householder import reflect
-from pyro_nf.flows.numerics import implicit_gradient, multiply, positive, soft_bound, solve_increasing, solve_triangular
+from pyro_nf.flows.numerics import implicit_gradient, multiply, positive, soft_bound, solve_triangular
+from pyro_nf.flows.planar import mean_slope, solve_tanh
 from pyro_nf.networks import ContextParameters
 
 # The diagonal of R2 lies between e^-3 and e^3: a tanh that is linear over a normal, or a step that is 0.05 wide.
@@ -109,7 +110,7 @@ class Sylvester(Flow):
         """Return `y` and its log-determinant."""
         r1, r2, b, slope, project, embed = self._unpack(context)
         h = torch.tanh(multiply(r2, project(x)) + b)
-        return x + embed(multiply(r1, h)), _mean_slope(h, slope).log().sum(-1)
+        return x + embed(multiply(r1, h)), mean_slope(h, slope).log().sum(-1)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `x`, by one scalar root after another, and its log-determinant."""
@@ -124,7 +125,7 @@ class Sylvester(Flow):
             lambda r: solve_triangular(jacobian, r, upper=True),
         )
         h = torch.tanh(multiply(r2, z) + b)
-        return y + embed(z - target), -_mean_slope(h, slope).log().sum(-1)
+        return y + embed(z - target), -mean_slope(h, slope).log().sum(-1)
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, _Map, _Map]:
         matrices, log_scale, b, *frame = self.params(context)
@@ -149,11 +150,6 @@ class Sylvester(Flow):
             )
         q = _orthonormal(frame)
         return lambda x: multiply(q.mT, x), lambda z: multiply(q, z)
-
-
-def _mean_slope(h: Tensor, slope: Tensor) -> Tensor:
-    # 1 + r1_ii r2_ii tanh' as a weighted mean of 1 and slope > 0, hence positive.
-    return h**2 + slope * (1 - h**2)
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -182,24 +178,13 @@ def _solve(target: Tensor, r1: Tensor, r2: Tensor, b: Tensor, slope: Tensor) -> 
         rest = target[..., i : i + 1] - (r1[..., i, i + 1 :] * h).sum(-1, keepdim=True)
         shift = b[..., i : i + 1] + (r2[..., i, i + 1 :] * z).sum(-1, keepdim=True)
         m, diagonal, s = slope[..., i : i + 1], r1[..., i, i, None], r2[..., i, i, None]
-        z_i = rest - diagonal * torch.tanh(_root(s * rest + shift, m))
+        z_i = rest - diagonal * torch.tanh(solve_tanh(s * rest + shift, m))
         # tanh of the rounded z_i, as forward computes it, so that its error does not reach the rows above.
         z, h = torch.cat([z_i, z], -1), torch.cat([torch.tanh(s * z_i + shift), h], -1)
     return z
 
 
-def _root(target: Tensor, m: Tensor) -> Tensor:
-    """Solve `v + (m - 1) tanh(v) = target`."""
-    reach = (m - 1).abs()
-
-    def planar(v: Tensor) -> tuple[Tensor, Tensor]:
-        h = torch.tanh(v)
-        return v + (m - 1) * h, _mean_slope(h, m)
-
-    return solve_increasing(planar, target, target - reach, target + reach)
-
-
 @torch.no_grad()
 def _jacobian(r1: Tensor, r2: Tensor, h: Tensor, slope: Tensor) -> Tensor:
     """Return `I + R1 diag(tanh') R2`, upper triangular, its diagonal as a mean of positive terms."""
-    return (r1 @ ((1 - h**2)[..., None] * r2)).triu(1) + torch.diag_embed(_mean_slope(h, slope))
+    return (r1 @ ((1 - h**2)[..., None] * r2)).triu(1) + torch.diag_embed(mean_slope(h, slope))
