@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +11,7 @@ from pyro_nf.flows.base import Flow, Inverse, Sequential
 from pyro_nf.flows.block_autoregressive import BlockAutoregressive
 from pyro_nf.flows.convolution import ConvolutionCoupling
 from pyro_nf.flows.coupling import Coupling
-from pyro_nf.flows.elementwise import SLog
+from pyro_nf.flows.elementwise import PReLU
 from pyro_nf.flows.householder import Householder
 from pyro_nf.flows.linear import Diagonal, LULinear, Rotation, random_orthogonal
 from pyro_nf.flows.linear_iaf import LinearIAF
@@ -159,14 +159,22 @@ def flowpp(
 
 
 def convolution(
-    dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), gate: bool = False, context_dim: int = 0
+    dim: int,
+    depth: int = 8,
+    hidden_dims: Sequence[int] = (32, 32),
+    kind: Literal["circular", "symmetric"] = "circular",
+    context_dim: int = 0,
 ) -> Sequential:
-    """Couplings by data-dependent circular convolutions, with `gate` each before an S-Log gate (Karami et al. 2019)."""
-    flows: list[Flow] = []
-    for mask in _alternating_masks(dim, depth):
-        flows.append(ConvolutionCoupling(dim, mask, "circular", hidden_dims, context_dim))
-        flows += [SLog(dim, context_dim)] if gate else []
-    return Sequential(*flows)
+    """Couplings by data-dependent convolutions, with alternating masks (Karami et al. 2019)."""
+    masks = _alternating_masks(dim, depth)
+    return Sequential(*(ConvolutionCoupling(dim, mask, kind, hidden_dims, context_dim) for mask in masks))
+
+
+def prelu(dim: int, depth: int = 8, context_dim: int = 0) -> Sequential:
+    """Linear maps by LU factors, each before a PReLU (He et al. 2015): piecewise linear, without a network."""
+    return Sequential(
+        *(flow for _ in range(depth) for flow in (LULinear(dim, None, context_dim), PReLU(dim, context_dim)))
+    )
 
 
 def iaf(dim: int, depth: int = 4, hidden_dims: Sequence[int] | None = None, context_dim: int = 0) -> Sequential:
@@ -248,6 +256,7 @@ _STACKS: dict[str, Callable[..., Flow]] = {
         spline_coupling,
         flowpp,
         convolution,
+        prelu,
         iaf,
         maf,
         spline_autoregressive,

@@ -30,7 +30,7 @@ TOLERANCE = 1e-8
 # 64 rounding units of float64: the errors of some dozens of operations.
 ROUNDING = 64 * torch.finfo(torch.float64).eps
 # Of the sum over a grid that stands for the integral, at moderate parameters: a grid errs by half a cell at a jump.
-INTEGRAL_TOLERANCE = 2e-3
+INTEGRAL_TOLERANCE = 5e-3
 # Parameters as they came, or normal of this standard deviation.
 INITIAL, MODERATE, RANDOM, WILD = 0.0, 0.1, 1.0, 5.0
 

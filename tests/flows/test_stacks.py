@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from pyro_nf.flows import Flow, stacks
 from pyro_nf.flows.coupling import Coupling
+from pyro_nf.testing import check_flow
 
 named = pytest.mark.parametrize("name", stacks.names())
 
@@ -27,7 +28,7 @@ def test_options_reach_the_stack(name: str) -> None:
     flow = stacks.make(name, 3, depth=3, context_dim=2)
     layers = (flow.flow if name == "maf" else flow).flows
     # Of each layer; and the diagonal at the end of NICE.
-    flows = {"glow": 3, "nice_ortho": 3}.get(name, 1) * 3 + (name == "nice")
+    flows = {"glow": 3, "nice_ortho": 3, "prelu": 2}.get(name, 1) * 3 + (name == "nice")
     assert len(layers) == flows
     assert flow.context_dim == 2
     assert flow.event_shape == (3,)
@@ -87,3 +88,11 @@ def test_any_shape_and_size(name: str, dim: int, batch: list[int], magnitude: fl
     assert log_det.shape == back_log_det.shape == tuple(batch)
     torch.testing.assert_close(back, x, rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(back_log_det, -log_det, rtol=1e-7, atol=1e-7)
+
+
+def test_symmetric_convolution() -> None:
+    check_flow(stacks.make("convolution", 4, depth=2, kind="symmetric"))
+
+
+def test_convex_combination_of_linear_iaf() -> None:
+    check_flow(stacks.make("linear_iaf", 4, num_matrices=3, context_dim=2), triangular="lower")
