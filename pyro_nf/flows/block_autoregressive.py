@@ -167,14 +167,20 @@ def _run(
     slope = torch.ones_like(h)
     for k, average in enumerate(averages):
         inputs.append(h)
-        h = torch.einsum("noi,...ni->...no", average, h) + offset(k, h)
-        slope = torch.einsum("noi,...ni->...no", average, slope)
+        h, slope = _average(average, h) + offset(k, h), _average(average, slope)
         if k < len(activations):
             gain, steepness, centre = activations[k]
             t = torch.tanh(steepness * h + centre)
             h = h + (gain - 1) / steepness * t
             slope = slope * (t**2 + gain * (1 - t**2))  # a weighted mean of 1 and g
     return h[..., 0], slope[..., 0], inputs
+
+
+def _average(weights: Tensor, h: Tensor) -> Tensor:
+    """Average the units of each coordinate, `(*batch, n, before)` to `(*batch, n, after)`."""
+    if len(weights) == 1:  # of one coordinate: a plain product
+        return nn.functional.linear(h, weights[0])
+    return torch.einsum("noi,...ni->...no", weights, h)
 
 
 def _solve(
@@ -186,7 +192,7 @@ def _solve(
     with torch.no_grad():
         low = high = torch.zeros_like(y)[..., None]
         for k, (average, offset) in enumerate(zip(averages, offsets, strict=True)):
-            low, high = (torch.einsum("noi,...ni->...no", average, bound) + offset for bound in (low, high))
+            low, high = (_average(average, bound) + offset for bound in (low, high))
             if k < len(activations):
                 gain, steepness, _ = activations[k]
                 reach = (gain - 1).abs() / steepness
