@@ -51,8 +51,8 @@ def solve_increasing(
 ) -> Tensor:
     """Solve `f(x) = target` for an increasing elementwise function, `lower <= x <= upper`.
 
-    Halvings of the bracket find half of the digits, and three Newton steps, which double them and stay inside the
-    bracket, the others. The number of steps is fixed by the dtype, so that the loop is the same for every input and can
+    Halvings of the bracket find half of the digits, and Newton steps, which double them and stay inside the bracket, the
+    others. The number of steps is fixed by the dtype, so that the loop is the same for every input and can
     be batched and compiled. The result carries no gradient: see `implicit_gradient`.
 
     Args:
@@ -61,9 +61,10 @@ def solve_increasing(
         lower: Where f is not above the target.
         upper: Where f is not below the target.
     """
-    halvings = math.ceil(-0.5 * math.log2(torch.finfo(target.dtype).eps)) + 4
+    # 8 more for functions that bend on a scale much smaller than the bracket.
+    halvings = math.ceil(-0.5 * math.log2(torch.finfo(target.dtype).eps)) + 8
     x = 0.5 * (lower + upper)
-    for step in range(halvings + 3):
+    for step in range(halvings + 4):
         value, slope = function(x)
         above = value > target
         lower, upper = torch.where(above, lower, x), torch.where(above, x, upper)
