@@ -1,11 +1,15 @@
 """The house as a whole: light imports, and imports that run one way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from pyro_nf import flows, networks
+from pyro_nf.flows import stacks
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["networks", "flows", "distributions", "tracing", "objectives", "diagnostics", "inference", "guides", "models"]
@@ -38,3 +42,27 @@ def test_importing_everything_loads_no_plots_and_no_data_libraries(tmp_path):
     for folder in (tmp_path, ROOT):
         done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "[]"
+
+
+def public_classes(folder: str) -> dict[str, Path]:
+    """Names of the public classes defined in a folder, and where."""
+    return {
+        node.name: path
+        for path in (ROOT / "pyro_nf" / folder).rglob("*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    }
+
+
+@pytest.mark.parametrize(("folder", "module"), [("flows", flows), ("networks", networks)])
+def test_everything_public_is_exported_and_tested(folder, module):
+    tests = "".join(path.read_text() for path in (ROOT / "tests" / folder).rglob("test_*.py"))
+    for name in public_classes(folder):
+        assert name in module.__all__
+        assert name in tests
+
+
+def test_readme_has_a_row_for_every_stack():
+    table = re.search(r"\| name \| one step .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    rows = [row.split("|")[1] for row in table[0].splitlines()[2:] if row]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == stacks.names()

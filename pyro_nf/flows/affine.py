@@ -7,11 +7,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import multiply, soft_bound, solve_triangular, unbound
+from pyro_nf.flows.numerics import LOG_SCALE_BOUND, multiply, soft_bound, solve_triangular, unbound
 from pyro_nf.networks import ContextParameters
-
-# Scales lie between e^-30 and e^30 (1e-13 and 1e13): beyond what a posterior's units need, below float32 overflow.
-LOG_SCALE_BOUND = 30.0
 
 
 class ElementwiseAffine(Flow):

@@ -29,10 +29,11 @@ class Flow(TransformModule):
 
     def __init__(self, event_shape: Sequence[int], context_dim: int = 0) -> None:
         super().__init__()
-        if context_dim < 0 or min(event_shape, default=0) < 1:
+        sizes = tuple(event_shape) if isinstance(event_shape, Sequence) else ()
+        if context_dim < 0 or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(
-                f"{type(self).__name__} takes an event_shape of positive sizes and context_dim >= 0; "
-                f"got {tuple(event_shape)} and {context_dim}"
+                f"{type(self).__name__} takes an event_shape of positive sizes, such as (3,), and context_dim >= 0; "
+                f"got {event_shape} and {context_dim}"
             )
         self.event_shape = torch.Size(event_shape)
         self.context_dim = context_dim

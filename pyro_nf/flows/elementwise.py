@@ -5,9 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_nf.flows.affine import LOG_SCALE_BOUND
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import soft_bound
+from pyro_nf.flows.numerics import LOG_SCALE_BOUND, soft_bound
 from pyro_nf.networks import ContextParameters
 
 # One gate grows at most like e^|x|, which float32 holds up to |x| = 88.

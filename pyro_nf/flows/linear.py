@@ -5,9 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.flows.affine import LOG_SCALE_BOUND
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import multiply, soft_bound, solve_triangular
+from pyro_nf.flows.numerics import LOG_SCALE_BOUND, multiply, soft_bound, solve_triangular
 from pyro_nf.networks import ContextParameters
 
 # Of |log s| in `LULinear`: beside other entries of order 1, pivots far from 1 would make a matrix that is singular to

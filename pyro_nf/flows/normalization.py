@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.flows.affine import LOG_SCALE_BOUND, ElementwiseAffine
+from pyro_nf.flows.affine import ElementwiseAffine
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import unbound
+from pyro_nf.flows.numerics import LOG_SCALE_BOUND, unbound
 
 
 class ActNorm(ElementwiseAffine):

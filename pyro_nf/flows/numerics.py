@@ -8,6 +8,8 @@ from torch import Tensor
 
 # softplus(x + SOFTPLUS_SHIFT) is 1 at x = 0, which makes raw parameters of 0 the identity.
 SOFTPLUS_SHIFT = math.log(math.e - 1)
+# A single scale lies between e^-30 and e^30 (1e-13 and 1e13): beyond what a posterior's units need, within float32.
+LOG_SCALE_BOUND = 30.0
 
 
 def positive(raw: Tensor) -> Tensor:
@@ -51,9 +53,9 @@ def solve_increasing(
 ) -> Tensor:
     """Solve `f(x) = target` for an increasing elementwise function, `lower <= x <= upper`.
 
-    Halvings of the bracket find half of the digits, and Newton steps, which double them and stay inside the bracket, the
-    others. The number of steps is fixed by the dtype, so that the loop is the same for every input and can
-    be batched and compiled. The result carries no gradient: see `implicit_gradient`.
+    Halvings of the bracket find half of the digits, and Newton steps, which double them and stay inside the bracket,
+    the others. The number of steps is fixed by the dtype, so that the loop is the same for every input and can be
+    batched and compiled. The result carries no gradient: see `implicit_gradient`.
 
     Args:
         function: Returns `f(x)` and its slope.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pyro_nf.networks import MADE
+from pyro_nf.networks import MADE, MaskedLinear
 
 
 def dependence(network: MADE, dim: int, context: Tensor | None = None) -> Tensor:
@@ -66,3 +66,26 @@ def test_hidden_dims_must_hold_every_degree(
 def test_order_must_be_a_permutation(order: list[int]) -> None:
     with pytest.raises(ValueError, match=r"order must be a permutation of 1 \.\. 3; got"):
         MADE(3, 1, (4,), order)
+
+
+def test_masked_linear_without_weights_to_train_has_a_buffer() -> None:
+    layer = MaskedLinear(torch.zeros(3, 2))
+    assert [name for name, _ in layer.named_parameters()] == ["bias"]
+    assert torch.equal(layer(torch.randn(5, 2)), layer.bias.expand(5, 3))
+
+
+@pytest.mark.parametrize("context_dim", [0, 3])
+@pytest.mark.parametrize("order", [None, [3, 1, 5, 2, 4]])
+def test_unrolled_it_is_the_network_on_its_own_outputs(order: list[int] | None, context_dim: int) -> None:
+    network = MADE(5, 2, (7, 9), order, context_dim=context_dim).double()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn_like(p))
+    context = torch.randn(6, context_dim, dtype=torch.float64) if context_dim else None
+    noise = torch.randn(6, 5, dtype=torch.float64)
+
+    def value(params: Tensor, noise: Tensor) -> Tensor:
+        return torch.tanh(params[..., 0]) + params[..., 1].sigmoid() * noise
+
+    x = network.unroll(lambda k, params: value(params, noise[:, k : k + 1]), context)
+    torch.testing.assert_close(value(network(x, context), noise), x)
