@@ -2,15 +2,17 @@
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_nf.inference.graph import MIN_STEPS_TO_RECORD, GraphError, GraphStep, State, Step
 from pyro_nf.inference.optim import GuardedAdam
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
@@ -41,6 +43,10 @@ class FlowSVI:
         eval_every: Steps between evaluations.
         eval_particles: Draws of an evaluation.
         clip_norm: Largest norm of the gradient.
+        compile: Whether to record a step as a graph of tensor operations and compile it, which takes from ten seconds
+            to minutes and makes small models many times faster: pays where steps are many. It is compared with the
+            plain step first; where that fails, or the model cannot be recorded, a warning says why and the run goes on
+            without. "auto" does as much of it as pays within `max_steps`, by an estimate.
         seed: Makes the run reproducible bit for bit on one machine, and leaves the global random state as it was.
             `None` draws from the global state.
         progress: Whether to show a progress bar.
@@ -73,6 +79,7 @@ class FlowSVI:
         eval_every: int = 100,
         eval_particles: int = 1000,
         clip_norm: float = 10.0,
+        compile: bool | Literal["auto"] = False,  # noqa: A002 - as torch calls it
         seed: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -87,6 +94,9 @@ class FlowSVI:
         for name, value in numbers.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive; got {value!r}")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
+        self.compile = compile
         self.program = Program(model, guide)
         self.objective = ELBO() if objective is None else objective
         self.num_particles, self.learning_rate, self.max_steps = num_particles, learning_rate, max_steps
@@ -108,6 +118,8 @@ class FlowSVI:
         start = time.perf_counter()
         params = self._params(args, kwargs)
         adam = GuardedAdam(params, self.clip_norm)
+        step, execution = self._prepare(adam, args, kwargs)
+        compile_seconds = time.perf_counter() - start
         schedule = PlateauSchedule(self.learning_rate, self.max_steps)
         history: list[Tensor] = []
         evaluations = [self._evaluate(0, args, kwargs)]
@@ -115,9 +127,8 @@ class FlowSVI:
         stop_reason = ""
         with tqdm(total=self.max_steps, disable=not self.progress, desc="FlowSVI") as bar:
             while len(history) < schedule.last_step:
-                elbo, surrogate = self.objective.estimate(self.program, self.num_particles, args, kwargs)
-                grads = torch.autograd.grad(-surrogate, params, allow_unused=True, materialize_grads=True)
-                adam.step(elbo, grads, schedule.rate(len(history)))
+                rate = torch.tensor(schedule.rate(len(history)), dtype=params[0].dtype, device=params[0].device)
+                adam.state, elbo = step(adam.state, rate)
                 history.append(elbo)
                 if len(history) % self.eval_every and len(history) < schedule.last_step:
                     continue
@@ -149,9 +160,43 @@ class FlowSVI:
             best_step=best.step,
             num_skipped=int(adam.num_skipped),
             seconds=time.perf_counter() - start,
+            execution=execution,
+            compile_seconds=compile_seconds,
             history=torch.stack(history),
             evaluations=tuple(evaluations),
         )
+
+    def _prepare(self, adam: GuardedAdam, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Step, str]:
+        """Return the step in the form that the run takes, and which form that is."""
+
+        def plain(state: State, learning_rate: Tensor) -> tuple[State, Tensor]:
+            adam.state = state
+            elbo, surrogate = self.objective.estimate(self.program, self.num_particles, args, kwargs)
+            grads = torch.autograd.grad(-surrogate, adam.params, allow_unused=True, materialize_grads=True)
+            adam.step(elbo, grads, learning_rate)
+            return adam.state, elbo
+
+        if self.compile is False:
+            return plain, "plain"
+        state = adam.state
+        rate = torch.tensor(self.learning_rate, dtype=adam.params[0].dtype, device=adam.params[0].device)
+        form: tuple[Step, str] = plain, "plain"
+        try:
+            if self.compile == "auto" and self.max_steps < MIN_STEPS_TO_RECORD:
+                return form
+            graph = GraphStep(plain, adam.params, state, rate)
+            graph.verify()
+            form = graph, "recorded"
+            if self.compile == "auto" and not graph.pays_to_compile(self.max_steps):
+                return form
+            graph.compile()
+            graph.verify()
+            form = graph, "compiled"
+        except GraphError as error:
+            warnings.warn(f"the step runs {form[1]}, not compiled: {error}", stacklevel=4)
+        finally:
+            adam.state = state
+        return form
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""

@@ -40,8 +40,17 @@ class GuardedAdam:
         self.num_skipped = torch.zeros((), dtype=torch.long, device=flat.device)
         self.run_skipped = torch.zeros_like(self.num_skipped)
 
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """All tensors that change from step to step, beside the parameters."""
+        return self._t, self._mean, self._square, self.num_skipped, self.run_skipped
+
+    @state.setter
+    def state(self, state: tuple[Tensor, ...]) -> None:
+        self._t, self._mean, self._square, self.num_skipped, self.run_skipped = state
+
     @torch.no_grad()
-    def step(self, loss: Tensor, grads: Sequence[Tensor], learning_rate: float) -> None:
+    def step(self, loss: Tensor, grads: Sequence[Tensor], learning_rate: Tensor | float) -> None:
         """Update the parameters, unless `loss` or the gradient is not finite."""
         grad = self._flatten(grads)
         norm = grad.norm()
@@ -57,7 +66,7 @@ class GuardedAdam:
         for param, change in zip(self.params, update.split([p.numel() for p in self.params]), strict=True):
             param.sub_(change.view_as(param))
         self._t, self._mean, self._square = t, mean, square
-        self.num_skipped += ~finite
+        self.num_skipped = self.num_skipped + ~finite
         self.run_skipped = torch.where(finite, 0, self.run_skipped + 1)
 
     @staticmethod

@@ -27,6 +27,8 @@ class FitResult:
         best_step: The step whose state was kept.
         num_skipped: Steps left out for a non-finite loss or gradient.
         seconds: Wall time.
+        execution: How the steps ran: "plain", "recorded" as a graph, or "compiled".
+        compile_seconds: Wall time until the first step, spent on recording and compiling if there was any.
         history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The fresh-draw evaluations on the way.
     """
@@ -39,6 +41,8 @@ class FitResult:
     best_step: int
     num_skipped: int
     seconds: float
+    execution: str
+    compile_seconds: float
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
 
