@@ -79,18 +79,20 @@ class Gated:
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return `y` and `log(gate / gate_0)`."""
-        offset, log_scale = self._unpack(params)
-        y = torch.addcmul(offset, log_scale.exp(), x)
+        offset, scale, log_scale = self._unpack(params)
+        y = torch.addcmul(offset, scale, x)
         return y, log_scale.expand_as(y)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return `x` and `-log(gate / gate_0)`."""
-        offset, log_scale = self._unpack(params)
-        x = (y - offset) * (-log_scale).exp()
+        offset, scale, log_scale = self._unpack(params)
+        x = (y - offset) / scale
         return x, -log_scale.expand_as(x)
 
-    def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor]:
+    def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift, s = params[..., 0], soft_bound(params[..., 1], self.bound) + self.forget_bias
-        log_gate_0 = -math.log1p(math.exp(-self.forget_bias))
-        # 1 - sigmoid(s) = sigmoid(-s), without cancellation.
-        return torch.sigmoid(-s) * shift, torch.nn.functional.logsigmoid(s) - log_gate_0
+        first = 1 + math.exp(-self.forget_bias)
+        closing = (-s).exp()  # of a bounded number
+        gate = 1 / (1 + closing)
+        # closing * gate is 1 - gate, without cancellation.
+        return closing * gate * shift, first * gate, math.log(first) - closing.log1p()
