@@ -48,8 +48,8 @@ def make(name: str, dim: int, **options: Any) -> Flow:
     Example:
         >>> import torch
         >>> from pyro_nf.flows.stacks import make
-        >>> make("realnvp", 5, depth=2)(torch.zeros(5))
-        tensor([0., 0., 0., 0., 0.], grad_fn=<IndexBackward0>)
+        >>> make("realnvp", 5, depth=2)(torch.zeros(5)).tolist()
+        [0.0, 0.0, 0.0, 0.0, 0.0]
     """
     if name not in _STACKS:
         near = difflib.get_close_matches(str(name), _STACKS, n=3, cutoff=0.4)
