@@ -50,12 +50,15 @@ class Program:
     Args:
         model: A Pyro model.
         guide: A Pyro guide for it, taking the same arguments; ours, Pyro's or hand-written.
+
+    Attributes:
+        vectorized: Whether draws are batched; false from the first model on that `vmap` could not batch.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
         self.model, self.guide = model, guide
         self._structures: dict[Any, Structure] = {}
-        self._vectorized = True
+        self.vectorized = True
 
     def structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
         """Return the pair's structure, running both once on first sight of arguments of these shapes.
@@ -94,14 +97,14 @@ class Program:
         device = _device(self.structure(args, kwargs).particle)
         zeros = torch.zeros(num_particles, device=device)
         obstacle = ""
-        if self._vectorized:
+        if self.vectorized:
             try:
                 return torch.func.vmap(particle, randomness="different")(zeros)
             except RuntimeError as error:
                 obstacle = str(error).splitlines()[0]
         results = [particle(zero) for zero in zeros]  # which raises, too, where the model itself is at fault
         if obstacle:
-            self._vectorized = False
+            self.vectorized = False
             warnings.warn(
                 f"the model cannot be batched over draws and runs them one by one, which is slow: {obstacle} "
                 "(Usual causes: .item() or .numpy(), control flow that depends on a value, in-place writes.)",

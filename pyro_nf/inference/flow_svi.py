@@ -181,10 +181,13 @@ class FlowSVI:
         state = adam.state
         rate = torch.tensor(self.learning_rate, dtype=adam.params[0].dtype, device=adam.params[0].device)
         form: tuple[Step, str] = plain, "plain"
+        vectorized = self.program.vectorized
         try:
             if self.compile == "auto" and self.max_steps < MIN_STEPS_TO_RECORD:
                 return form
             graph = GraphStep(plain, adam.params, state, rate)
+            if not self.program.vectorized:
+                raise GraphError("the model cannot be batched over draws")
             graph.verify()
             form = graph, "recorded"
             if self.compile == "auto" and not graph.pays_to_compile(self.max_steps):
@@ -196,6 +199,7 @@ class FlowSVI:
             warnings.warn(f"the step runs {form[1]}, not compiled: {error}", stacklevel=4)
         finally:
             adam.state = state
+            self.program.vectorized = vectorized  # what recording could not batch, a plain step can
         return form
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:

@@ -94,6 +94,19 @@ def test_a_model_that_depends_on_values_runs_plain_and_says_so():
     assert result.execution == "plain"
 
 
+def test_a_model_that_cannot_be_batched_runs_plain_and_says_so():
+    def counting():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z.item() + z, 1.0), obs=torch.tensor(0.5))
+
+    svi = FlowSVI(counting, AutoNormal(counting), num_particles=4, max_steps=10, progress=False, compile=True)
+    with (
+        pytest.warns(UserWarning, match="the model cannot be batched over draws and runs them one by one"),
+        pytest.warns(UserWarning, match="the step runs plain, not compiled"),
+    ):
+        assert svi.run().execution == "plain"
+
+
 def test_a_graph_that_differs_is_refused():
     param = torch.zeros(3)
     calls = []
