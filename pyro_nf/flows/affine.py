@@ -4,10 +4,17 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import LOG_SCALE_BOUND, multiply, soft_bound, solve_triangular, unbound
+from pyro_nf.flows.numerics import (
+    LOG_SCALE_BOUND,
+    multiply,
+    soft_bound,
+    solve_triangular,
+    strictly_lower,
+    strictly_lower_index,
+    unbound,
+)
 from pyro_nf.networks import ContextParameters
 
 
@@ -87,10 +94,7 @@ class LowerTriangularAffine(Flow):
         below = dim * (dim - 1) // 2
         initial["tril"] = torch.zeros(below, dtype=initial["loc"].dtype, device=initial["loc"].device)
         self.params = ContextParameters(initial, context_dim)
-        # Where each entry of I + A stands in (tril, 0, 1): gathering keeps the matrix free of in-place writes.
-        index = torch.full((dim, dim), below).fill_diagonal_(below + 1)
-        index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(below)
-        self.register_buffer("tril_index", index.to(initial["loc"].device))
+        self.register_buffer("tril_index", strictly_lower_index(dim, below).to(initial["loc"].device))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `loc + scale * (x + A x)` and the sum of log scales."""
@@ -107,9 +111,8 @@ class LowerTriangularAffine(Flow):
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loc, raw, tril = self.params(context)
-        padded = pad(pad(tril, (0, 1)), (0, 1), value=1.0)
-        matrix = padded.index_select(-1, self.tril_index.flatten()).unflatten(-1, self.tril_index.shape)
-        return loc, soft_bound(raw, LOG_SCALE_BOUND), matrix
+        eye = torch.eye(len(self.tril_index), dtype=tril.dtype, device=tril.device)
+        return loc, soft_bound(raw, LOG_SCALE_BOUND), eye + strictly_lower(tril, self.tril_index)
 
 
 def _initial(dim: int, loc: Tensor | float, scale: Tensor | float) -> dict[str, Tensor]:

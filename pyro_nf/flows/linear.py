@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import LOG_SCALE_BOUND, multiply, soft_bound, solve_triangular
+from pyro_nf.flows.numerics import (
+    LOG_SCALE_BOUND,
+    multiply,
+    soft_bound,
+    solve_triangular,
+    strictly_lower,
+    strictly_lower_index,
+)
 from pyro_nf.networks import ContextParameters
 
 # Of |log s| in `LULinear`: beside other entries of order 1, pivots far from 1 would make a matrix that is singular to
@@ -149,10 +156,7 @@ class Rotation(Flow):
         self.params = None
         if trainable and dim > 1:  # in one dimension there is no plane to rotate in
             below = dim * (dim - 1) // 2
-            # Where each entry of A stands in (skew, 0): gathering keeps the matrix free of in-place writes.
-            index = torch.full((dim, dim), below)
-            index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(below)
-            self.register_buffer("skew_index", index.to(start.device))
+            self.register_buffer("skew_index", strictly_lower_index(dim, below).to(start.device))
             self.params = ContextParameters({"skew": torch.zeros(below).to(start)}, context_dim)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -172,8 +176,7 @@ class Rotation(Flow):
         if self.params is None:
             return start if context is None else start.expand(*context.shape[:-1], *start.shape)
         (skew,) = self.params(context)
-        below = torch.nn.functional.pad(skew, (0, 1))
-        below = below.index_select(-1, self.skew_index.flatten()).unflatten(-1, self.skew_index.shape)
+        below = strictly_lower(skew, self.skew_index)
         rotation: Tensor = start @ torch.linalg.matrix_exp(below - below.mT)
         return rotation
 

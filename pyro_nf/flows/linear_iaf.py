@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.flows.base import Flow
-from pyro_nf.flows.numerics import multiply, solve_triangular
+from pyro_nf.flows.numerics import multiply, solve_triangular, strictly_lower, strictly_lower_index
 from pyro_nf.networks import ContextParameters, freeze
 
 
@@ -57,10 +57,7 @@ class LinearIAF(Flow):
         self.mixture = nn.Linear(context_dim, num_matrices) if num_matrices > 1 else None
         if dim == 1:
             freeze(self)
-        # Where each entry of L - I stands in (tril, 0): gathering keeps the matrix free of in-place writes.
-        index = torch.full((dim, dim), entries)
-        index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(dim * (dim - 1) // 2)
-        self.register_buffer("tril_index", index)
+        self.register_buffer("tril_index", strictly_lower_index(dim, entries))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `L x` and zero."""
@@ -80,6 +77,4 @@ class LinearIAF(Flow):
             combined = tril[..., 0, :]
         else:
             combined = (self.mixture(context).softmax(-1)[..., None] * tril).sum(-2)
-        padded = nn.functional.pad(combined, (0, 1))
-        below: Tensor = padded.index_select(-1, self.tril_index.flatten()).unflatten(-1, self.tril_index.shape)
-        return below
+        return strictly_lower(combined, self.tril_index)

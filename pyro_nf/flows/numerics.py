@@ -35,6 +35,23 @@ def multiply(matrix: Tensor, x: Tensor) -> Tensor:
     return product
 
 
+def strictly_lower_index(dim: int, num_entries: int) -> Tensor:
+    """Return where each entry of a strictly lower triangular matrix stands in its entries, zeros at `num_entries`."""
+    index = torch.full((dim, dim), num_entries)
+    index[tuple(torch.tril_indices(dim, dim, -1))] = torch.arange(dim * (dim - 1) // 2)
+    return index
+
+
+def strictly_lower(entries: Tensor, index: Tensor) -> Tensor:
+    """Fill strictly lower triangular matrices, `(*batch, num_entries)` to `(*batch, dim, dim)`.
+
+    Gathering keeps the matrix free of in-place writes; `index` is that of `strictly_lower_index`.
+    """
+    flat = torch.nn.functional.pad(entries, (0, 1)).index_select(-1, index.flatten())
+    matrix: Tensor = flat.unflatten(-1, index.shape)
+    return matrix
+
+
 def solve_triangular(matrix: Tensor, y: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
     """Solve `A x = y` for points `(*batch, n)` and a triangular matrix `(n, n)`, or one for each, `(*batch, n, n)`."""
     if matrix.dim() == 2:  # all points are the rows of one system, X A' = Y
