@@ -32,7 +32,7 @@ class Flow(TransformModule):
         sizes = tuple(event_shape) if isinstance(event_shape, Sequence) else ()
         if context_dim < 0 or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(
-                f"{type(self).__name__} takes an event_shape of positive sizes, such as (3,), and context_dim >= 0; "
+                f"{type(self).__name__} takes an event_shape of positive sizes (such as (3,)) and context_dim >= 0; "
                 f"got {event_shape} and {context_dim}"
             )
         self.event_shape = torch.Size(event_shape)

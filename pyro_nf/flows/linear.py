@@ -61,8 +61,8 @@ class LULinear(Flow):
     r"""Linear map by an LU factorisation, `y = P L (U + diag(exp(s))) x`.
 
     P is a fixed permutation, L unit lower and U strictly upper triangular. `log_det = sum_i s_i`. Both directions cost
-    O(dim^2), the inverse by two triangular solves. s is softly bounded by +-5. It starts as P, which is the identity
-    by default.
+    O(dim^2), the inverse by two triangular solves. s is softly bounded by +-5; L and U are trained in units of
+    `1 / sqrt(dim)`. It starts as P, which is the identity by default.
 
     Args:
         dim: Number of coordinates.
@@ -108,11 +108,13 @@ class LULinear(Flow):
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        # One matrix holds all: L - I below its diagonal, s on it, U above.
+        # One matrix holds all: L - I below its diagonal, s on it, U above. The triangles are in units of 1 / sqrt(dim):
+        # a row sums over up to dim coordinates, and stays of order 1 for any dim.
         (packed,) = self.params(context)
         log_scale = soft_bound(packed.diagonal(dim1=-2, dim2=-1), LU_LOG_SCALE_BOUND)
-        lower = packed.tril(-1) + torch.eye(len(self.order), dtype=packed.dtype, device=packed.device)
-        return lower, packed.triu(1) + log_scale.exp().diag_embed(), log_scale
+        mixing = packed / packed.shape[-1] ** 0.5
+        lower = mixing.tril(-1) + torch.eye(len(self.order), dtype=packed.dtype, device=packed.device)
+        return lower, mixing.triu(1) + log_scale.exp().diag_embed(), log_scale
 
 
 class Rotation(Flow):

@@ -138,7 +138,8 @@ def test_conditioned(name: str) -> None:
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", stacks.names())
 def test_wide(name: str, context_dim: int) -> None:
-    check_flow(stacks.make(name, 32, depth=2, context_dim=context_dim))
+    dim = 8 if name in ("bnaf", "naf") else 32  # minutes, where an inverse solves for one coordinate after another
+    check_flow(stacks.make(name, dim, depth=2, context_dim=context_dim))
 
 
 @pytest.mark.slow

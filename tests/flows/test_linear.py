@@ -40,9 +40,10 @@ def test_lu_is_the_product_of_its_factors(dim: int) -> None:
     flow = randomised(LULinear(dim, order))
     packed = flow.params.packed.detach()
     s = packed.diagonal() / (1 + packed.diagonal().abs() / 5)
-    lower = torch.eye(dim, dtype=torch.float64) + packed.tril(-1)
+    mixing = packed / dim**0.5
+    lower = torch.eye(dim, dtype=torch.float64) + mixing.tril(-1)
     permutation = torch.eye(dim, dtype=torch.float64)[order]
-    matrix = permutation @ lower @ (packed.triu(1) + s.exp().diag())
+    matrix = permutation @ lower @ (mixing.triu(1) + s.exp().diag())
     torch.testing.assert_close(dense(flow, dim), matrix)
     torch.testing.assert_close(dense(flow.inv, dim), torch.linalg.inv(matrix))
     log_det = flow.forward_and_log_det(torch.zeros(dim, dtype=torch.float64))[1]
