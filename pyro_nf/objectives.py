@@ -7,7 +7,7 @@ import pyro.infer
 import torch
 from torch import Tensor
 
-from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.tracing import Draws, Particle, Program, log_prob_sum
 
 
 class ELBO(pyro.infer.ELBO):
@@ -48,7 +48,7 @@ class ELBO(pyro.infer.ELBO):
         self._program: Program | None = None
 
     def estimate(
-        self, program: Program, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
 
@@ -60,7 +60,7 @@ class ELBO(pyro.infer.ELBO):
                 surrogate = surrogate + program.score(particle, args, kwargs)
             return {"elbo": (log_p - log_q).detach(), "surrogate": surrogate}
 
-        result = program.map(terms, num_particles, args, kwargs)
+        result = program.map(terms, draws, args, kwargs)
         return result["elbo"].mean(), result["surrogate"].mean()
 
     def differentiable_loss(
@@ -69,7 +69,8 @@ class ELBO(pyro.infer.ELBO):
         """Return minus the ELBO, with the estimator's gradient."""
         if self._program is None or (self._program.model, self._program.guide) != (model, guide):
             self._program = Program(model, guide)
-        elbo, surrogate = self.estimate(self._program, self.num_particles, args, kwargs)
+        draws = self._program.draw(self.num_particles, args, kwargs)
+        elbo, surrogate = self.estimate(self._program, draws, args, kwargs)
         return surrogate.detach() - surrogate - elbo
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:

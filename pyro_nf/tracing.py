@@ -2,9 +2,11 @@
 
 Everything above this file (objectives, diagnostics, inference) asks one thing of a model and a guide: run the guide
 `num_particles` times, run the model on each draw, and return something of the two traces. `Program.map` does that
-under `torch.func.vmap`, so that a model is written for one draw and never needs to broadcast over particles.
+under `torch.func.vmap`, so that a model is written for one draw and never needs to broadcast over particles. What is
+random is an argument: normal noise and the indices of subsampled plates are drawn first, by `Program.draw`.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -17,12 +19,30 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
 
 _IN_PLACE_DRAWS = {
-    getattr(Tensor, name)
-    for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "normal_", "uniform_")
+    getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
 }
+_NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
+
+
+class Draws(NamedTuple):
+    """What is random in a run of many particles, or in several such runs, one after another.
+
+    Attributes:
+        noise: Standard normals for the guide to use up, `(*num_steps, num_particles, noise_dim)`.
+        indices: `{plate name: indices}` of the subsampled plates, `(*num_steps, subsample_size)`: the particles of a
+            run share them.
+    """
+
+    noise: Tensor
+    indices: dict[str, Tensor]
+
+    def step(self, index: int) -> "Draws":
+        """Return the draws of one run of several."""
+        return Draws(self.noise[index], {name: values[index] for name, values in self.indices.items()})
 
 
 class Particle(NamedTuple):
@@ -38,10 +58,14 @@ class Structure(NamedTuple):
     Attributes:
         particle: Traces of one run, outside `vmap`.
         subsamples: `{plate name: (size, subsample_size)}` of the plates that are subsampled.
+        noise_dim: Number of normals that a draw of the guide takes.
+        noise_like: An empty tensor with their dtype and device.
     """
 
     particle: Particle
     subsamples: dict[str, tuple[int, int]]
+    noise_dim: int
+    noise_like: Tensor
 
 
 class Program:
@@ -71,38 +95,58 @@ class Program:
             with torch.no_grad(), poutine.block():
                 # A first call lets an automatic guide set itself up, and report what is wrong with the model.
                 self.guide(*args, **kwargs)
-                particle = self._run(args, kwargs)
-            self._structures[key] = _inspect(particle)
+                count = CountedNoise()
+                particle = self._run(args, kwargs, count)
+            subsamples = _inspect(particle)
+            like = torch.empty(0, device=_device(particle)) if count.like is None else count.like
+            self._structures[key] = Structure(particle, subsamples, count.size, like)
         return self._structures[key]
+
+    def draw(
+        self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int | None = None
+    ) -> Draws:
+        """Draw what `num_particles` particles need: once, or stacked for `num_steps` runs.
+
+        Runs that follow one another take their minibatches from one permutation while it lasts, as epochs do.
+        """
+        structure = self.structure(args, kwargs)
+        steps = () if num_steps is None else (num_steps,)
+        like = structure.noise_like
+        noise = torch.randn(*steps, num_particles, structure.noise_dim, dtype=like.dtype, device=like.device)
+        indices = {
+            name: _minibatches(size, part, num_steps or 1, like.device).view(*steps, part)
+            for name, (size, part) in structure.subsamples.items()
+        }
+        return Draws(noise, indices)
 
     def map(
         self,
         extract: Callable[[Particle], dict[str, Tensor]],
-        num_particles: int,
+        draws: Draws,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """Run `num_particles` draws and return `extract`'s tensors, stacked along a new first dimension.
+        """Run a particle for each row of `draws.noise` and return `extract`'s tensors, stacked along a new first dim.
 
-        The draws are independent; a subsampled plate draws its indices once for all of them. A model that `vmap`
-        cannot batch (control flow that depends on values, say) is run draw by draw, with one warning.
+        A model that `vmap` cannot batch (control flow that depends on values, say) is run draw by draw, with one
+        warning.
         """
-        subsamples = self.structure(args, kwargs).subsamples
-        indices = {name: torch.randperm(size)[:part] for name, (size, part) in subsamples.items()}
+        self.structure(args, kwargs)
 
-        def particle(zero: Tensor) -> dict[str, Tensor]:
-            with SharedSubsamples(indices), pyro.validation_enabled(False):
-                return extract(self._run(args, kwargs, BatchedNoise(zero)))
+        def particle(noise: Tensor, zero: Tensor) -> dict[str, Tensor]:
+            with SharedSubsamples(draws.indices), pyro.validation_enabled(False):
+                return extract(self._run(args, kwargs, GivenNoise(noise, zero)))
 
-        device = _device(self.structure(args, kwargs).particle)
-        zeros = torch.zeros(num_particles, device=device)
+        noise = draws.noise
+        zeros = noise.new_zeros(len(noise))
         obstacle = ""
         if self.vectorized:
             try:
-                return torch.func.vmap(particle, randomness="different")(zeros)
+                return torch.func.vmap(particle, randomness="different")(noise, zeros)
             except RuntimeError as error:
                 obstacle = str(error).splitlines()[0]
-        results = [particle(zero) for zero in zeros]  # which raises, too, where the model itself is at fault
+        # which raises, too, where the model itself is at fault
+        results = [particle(row, zero) for row, zero in zip(noise, zeros, strict=True)]
         if obstacle:
             self.vectorized = False
             warnings.warn(
@@ -123,7 +167,7 @@ class Program:
         """`map` without gradients, in bounded memory: at most `chunk_size` draws at once."""
         sizes = [min(chunk_size, num_particles - start) for start in range(0, num_particles, chunk_size)]
         with torch.no_grad():
-            parts = [self.map(extract, size, args, kwargs) for size in sizes]
+            parts = [self.map(extract, self.draw(size, args, kwargs), args, kwargs) for size in sizes]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def score(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -144,31 +188,83 @@ class Program:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
+        for site in model_trace.nodes.values():
+            if is_data(site) and isinstance(site["mask"], Tensor):
+                site["value"] = _without_masked_nan(site["value"], site["mask"], site["fn"])
         return Particle(guide_trace, model_trace)
 
 
-class BatchedNoise(TorchFunctionMode):
-    """Let in-place draws (`torch.empty(n).normal_()`, as in torch's distributions) differ between particles.
+class CountedNoise(TorchFunctionMode):
+    """Count the normals that are drawn.
 
-    `vmap` refuses to fill a tensor that is not batched with noise that is: here the tensor is made batched first.
-
-    Args:
-        zero: The particle's zero, a scalar that `vmap` batches.
+    Attributes:
+        size: How many.
+        like: An empty tensor of the first ones' dtype and device, `None` before.
     """
 
-    def __init__(self, zero: Tensor) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.zero = zero
+        self.size = 0
+        self.like: Tensor | None = None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run `func`, on a batched copy where it draws in place."""
+        """Run `func`, and count if it draws."""
+        result = func(*args, **(kwargs or {}))
+        if func in _NORMAL_DRAWS:
+            self.size += result.numel()
+            self.like = result.new_empty(0) if self.like is None else self.like
+        return result
+
+
+class GivenNoise(TorchFunctionMode):
+    """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
+
+    Args:
+        noise: Standard normals, as many as will be drawn, `(noise_dim,)`.
+        zero: The particle's zero, a scalar that `vmap` batches.
+    """
+
+    def __init__(self, noise: Tensor, zero: Tensor) -> None:
+        super().__init__()
+        self.noise, self.zero = noise, zero
+        self.used = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or what replaces it where it draws."""
+        kwargs = kwargs or {}
+        if func in _NORMAL_DRAWS:
+            return self._normal(func, args, kwargs)
         if func in _IN_PLACE_DRAWS:
+            # `vmap` refuses to fill a tensor that is not batched with noise that is: here it is made batched first.
             args = (torch.zeros_like(args[0]) + self.zero.to(args[0].dtype), *args[1:])
         elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
-            return args[0].copy_(torch.clamp(*args, **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+            return args[0].copy_(torch.clamp(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def _normal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        mean, std = 0.0, 1.0
+        if func is torch.randn:
+            kwargs.pop("generator", None)
+            template = torch.empty(*args, **kwargs)
+        elif func is torch.randn_like:
+            template = torch.empty_like(*args, **kwargs)
+        else:
+            mean, std = _mean_and_std(*args[1:], **kwargs)
+            # Who goes on to read the tensor, and not what `normal_` returned, shall not read what lay in memory.
+            template = args[0].fill_(math.nan)
+        size = template.numel()
+        if self.used + size > len(self.noise):
+            raise ValueError(
+                f"the guide drew {self.used + size} normals where its first run took {len(self.noise)}: "
+                "the number of its draws must not depend on values"
+            )
+        values = self.noise[self.used : self.used + size].view(template.shape).to(template)
+        self.used += size
+        return values if (mean, std) == (0.0, 1.0) else mean + std * values
 
 
 class SharedSubsamples(Messenger):
@@ -219,6 +315,32 @@ def is_latent(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
 
 
+def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
+    """Put some value of the support where data are NaN and masked: the density's gradient would still be NaN."""
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        return value
+    missing = value.isnan()
+    if fn.event_dim:
+        missing = missing.flatten(-fn.event_dim).any(-1)
+    missing = (missing & ~mask)[(...,) + (None,) * fn.event_dim]
+    to_support = biject_to(fn.support)
+    return torch.where(missing, to_support(value.new_zeros(to_support.inverse_shape(value.shape))), value)
+
+
+def _minibatches(size: int, part: int, num_steps: int, device: torch.device) -> Tensor:
+    """Indices of random parts of a whole, distinct within each permutation, `(num_steps, part)`."""
+    steps_each = size // part
+    whole = [torch.randperm(size, device=device)[: steps_each * part] for _ in range(-(-num_steps // steps_each))]
+    return torch.cat(whole)[: num_steps * part].view(num_steps, part)
+
+
+def _mean_and_std(
+    mean: float = 0.0, std: float = 1.0, *, generator: torch.Generator | None = None
+) -> tuple[float, float]:
+    """Read the arguments of `Tensor.normal_`."""
+    return mean, std
+
+
 def _device(particle: Particle) -> torch.device:
     for site in (*particle.guide.nodes.values(), *particle.model.nodes.values()):
         if is_latent(site):
@@ -227,8 +349,8 @@ def _device(particle: Particle) -> torch.device:
     return torch.get_default_device()
 
 
-def _inspect(particle: Particle) -> Structure:
-    """Check that a pair can be fitted, and note its subsampled plates."""
+def _inspect(particle: Particle) -> dict[str, tuple[int, int]]:
+    """Check that a pair can be fitted, and return its subsampled plates."""
     subsamples = {}
     for name, site in particle.model.nodes.items():
         if is_latent(site):
@@ -254,7 +376,7 @@ def _inspect(particle: Particle) -> Structure:
                 subsamples[name] = (fn.size, fn.subsample_size)
     if not any(map(is_latent, particle.model.nodes.values())):
         raise ValueError("the model has no latent variables: there is no posterior to fit")
-    return Structure(particle, subsamples)
+    return subsamples
 
 
 def _check_data(name: str, site: dict[str, Any]) -> None:

@@ -15,13 +15,17 @@ def regression(x, y=None):
         pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=x.sum(-1) if y is None else y)
 
 
+def run(program, extract, num_particles, *args):
+    return program.map(extract, program.draw(num_particles, args, {}), args, {})
+
+
 def densities(particle):
     return {"log_p": log_prob_sum(particle.model), "beta": particle.model.nodes["beta"]["value"]}
 
 
 def test_draws_are_independent_and_need_no_broadcasting():
     program = Program(regression, AutoNormal(regression))
-    result = program.map(densities, 8, (X,), {})
+    result = run(program, densities, 8, X)
     assert result["beta"].shape == (8, 3)
     assert len(result["beta"].unique(dim=0)) == 8
     expected = torch.stack(
@@ -44,8 +48,65 @@ def test_every_reparametrised_draw_differs_between_particles(prior):
     def guide():
         pyro.sample("x", prior)
 
-    result = Program(model, guide).map(lambda p: {"x": p.model.nodes["x"]["value"]}, 6, (), {})
+    result = run(Program(model, guide), lambda p: {"x": p.model.nodes["x"]["value"]}, 6)
     assert len(result["x"].unique()) == 6
+
+
+def test_the_same_draws_give_the_same_run():
+    program = Program(regression, AutoNormal(regression))
+    draws = program.draw(8, (X,), {})
+    assert draws.noise.shape == (8, 3)
+    one, other = (program.map(densities, draws, (X,), {}) for _ in range(2))
+    torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "normals",
+    [
+        lambda: torch.randn(2, 3),
+        lambda: torch.randn_like(torch.zeros(2, 3)),
+        lambda: torch.empty(2, 3).normal_(0.0, 1.0),
+        lambda: dist.MultivariateNormal(torch.zeros(3), torch.eye(3)).rsample((2,)),
+    ],
+)
+def test_normals_are_those_given(normals):
+    def guide():
+        pyro.sample("x", dist.Delta(normals()).to_event(2))
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+
+    program = Program(model, guide)
+    draws = program.draw(4, (), {})
+    result = program.map(lambda p: {"x": p.model.nodes["x"]["value"]}, draws, (), {})
+    torch.testing.assert_close(result["x"], draws.noise.view(4, 2, 3))
+
+
+def test_a_number_of_draws_that_changes_is_refused():
+    sizes = [2, 2, 3]
+
+    def guide():
+        pyro.sample("x", dist.Normal(torch.zeros(sizes.pop(0)), 1.0).to_event(1))
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="the guide drew 3 normals where its first run took 2"):
+        run(Program(model, guide), lambda p: {}, 1)
+
+
+def test_minibatches_of_consecutive_steps_share_a_permutation():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 11, subsample_size=5):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(5))
+
+    draws = Program(model, AutoNormal(model)).draw(4, (), {}, num_steps=7)
+    rows = draws.indices["rows"]
+    assert rows.shape == (7, 5)
+    assert draws.noise.shape == (7, 4, 1)
+    assert all(len(rows[i : i + 2].unique()) == 10 for i in (0, 2, 4))
+    assert draws.step(3).indices["rows"].equal(rows[3])
 
 
 def test_a_subsampled_plate_is_shared_by_the_draws_and_fresh_at_each_call():
@@ -56,7 +117,7 @@ def test_a_subsampled_plate_is_shared_by_the_draws_and_fresh_at_each_call():
             pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(5))
 
     program = Program(model, AutoNormal(model))
-    seen = [program.map(lambda p: {"rows": p.model.nodes["rows_seen"]["value"]}, 4, (), {})["rows"] for _ in range(2)]
+    seen = [run(program, lambda p: {"rows": p.model.nodes["rows_seen"]["value"]}, 4)["rows"] for _ in range(2)]
     assert (seen[0] == seen[0][0]).all()
     assert (seen[0] != seen[1]).any()
 
@@ -69,7 +130,7 @@ def test_a_model_that_cannot_be_batched_runs_draw_by_draw_with_a_warning(number)
 
     program = Program(model, AutoNormal(model))
     with pytest.warns(UserWarning, match="cannot be batched over draws"):
-        result = program.map(lambda p: {"log_p": log_prob_sum(p.model)}, 5, (), {})
+        result = run(program, lambda p: {"log_p": log_prob_sum(p.model)}, 5)
     assert len(result["log_p"].unique()) == 5
 
 
@@ -82,9 +143,7 @@ def test_the_score_is_the_gradient_at_a_fixed_draw(float64):
         pyro.sample("z", dist.Normal(loc, 2.0))
 
     program = Program(model, guide)
-    result = program.map(
-        lambda p: {"score": program.score(p, (), {}), "z": p.guide.nodes["z"]["value"].detach()}, 4, (), {}
-    )
+    result = run(program, lambda p: {"score": program.score(p, (), {}), "z": p.guide.nodes["z"]["value"].detach()}, 4)
     (grad,) = torch.autograd.grad(result["score"].sum(), pyro.param("loc").unconstrained())
     assert torch.allclose(grad, ((result["z"] - 0.5) / 4).sum())
 
@@ -97,9 +156,7 @@ def test_a_model_error_that_is_no_batching_problem_is_raised():
         pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
     with pytest.raises(RuntimeError, match="boom"):
-        Program(model, AutoNormal(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)))).map(
-            densities, 2, (torch.zeros(2),), {}
-        )
+        run(Program(model, AutoNormal(lambda x: pyro.sample("z", dist.Normal(0.0, 1.0)))), densities, 2, torch.zeros(2))
 
 
 def bad_data(x):
@@ -135,12 +192,28 @@ def test_what_cannot_be_fitted_is_refused_in_a_sentence(model, guide, args, mess
         Program(model, guide).structure(args, {})
 
 
-def test_masked_nan_is_accepted():
+def test_nan_beside_the_mask_is_refused():
     def model(x):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=~x.isnan()):
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=torch.tensor([True, False])):
             pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
-    data = torch.tensor([1.0, float("nan")])
-    result = Program(model, AutoNormal(model)).map(lambda p: {"log_p": log_prob_sum(p.model)}, 3, (data,), {})
+    with pytest.raises(ValueError, match="data of site 'y' hold 1 NaN"):
+        Program(model, AutoNormal(model)).structure((torch.full((2,), float("nan")),), {})
+
+
+@pytest.mark.parametrize("dim", [0, 2])
+def test_masked_nan_is_accepted_and_leaves_gradients_finite(dim):
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        missing = x.isnan().any(-1) if dim else x.isnan()
+        with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=~missing):
+            pyro.sample("y", dist.Normal(z.expand(x.shape), 1.0).to_event(1 if dim else 0), obs=x)
+
+    data = torch.tensor([[1.0, float("nan")], [0.0, 0.5]]) if dim else torch.tensor([1.0, float("nan")])
+    guide = AutoNormal(model)
+    result = run(Program(model, guide), lambda p: {"log_p": log_prob_sum(p.model)}, 3, data)
     assert torch.isfinite(result["log_p"]).all()
+    grads = torch.autograd.grad(result["log_p"].sum(), list(guide.parameters()))
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.any() for grad in grads)

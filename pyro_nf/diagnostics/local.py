@@ -73,7 +73,7 @@ def local_evidence(
     with torch.no_grad():
         for start in range(0, num_samples, chunk_size):
             size = min(chunk_size, num_samples - start)
-            log_w = program.map(log_weights, size, args, kwargs)["log_w"]
+            log_w = program.map(log_weights, program.draw(size, args, kwargs), args, kwargs)["log_w"]
             total = total.to(log_w) + log_w.sum(0)
             log_total = torch.logaddexp(log_total.to(log_w), log_w.logsumexp(0))
     return LocalEvidence(total / num_samples, log_total - math.log(num_samples), num_samples)

@@ -1,10 +1,11 @@
 """FlowSVI: fit a guide, stop when it is done, keep the best."""
 
+import itertools
 import math
+import os
 import time
-import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -12,8 +13,11 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_nf.inference.graph import MIN_STEPS_TO_RECORD, GraphError, GraphStep, State, Step
-from pyro_nf.inference.optim import GuardedAdam
+from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
+from pyro_nf.inference.execution import Execution
+from pyro_nf.inference.graph import read, write
+from pyro_nf.inference.optim import GuardedAdam, State
+from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.objectives import ELBO
@@ -21,6 +25,13 @@ from pyro_nf.tracing import Particle, Program, log_prob_sum
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
 _MAX_RUN_SKIPPED = 100
+# Normals that are drawn at once, for many steps of a small model.
+_MAX_NOISE = 2**22
+# Learning rates that are tried, and for how many steps.
+_RATES, _TRIAL_STEPS = (0.1, 0.03, 0.01, 0.003, 0.001), 100
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Callback = Callable[[Evaluation], bool | None]
 
 
 class FlowSVI:
@@ -28,9 +39,11 @@ class FlowSVI:
 
     Each step takes the gradient of the objective over `num_particles` draws, batched by `vmap`, and updates all
     parameters of model and guide by Adam with clipping; a step with a non-finite loss or gradient changes nothing and
-    is counted. Every `eval_every` steps the ELBO is evaluated on fresh draws (where a plate is subsampled, by the mean
-    over the minibatches since the last evaluation): the best state is kept, and a plateau starts the cool-down that
-    ends the run.
+    is counted. The ELBO of the last `eval_every` steps, each on draws of its own, is watched: the parameters of the
+    best such block, averaged over its steps, are kept, and a plateau starts the cool-down that ends the run.
+
+    Where `torch.distributed` is initialised (`torchrun`), the processes share the draws of each step, or have
+    minibatches of their own, and average the gradient: their parameters stay equal.
 
     Args:
         model: A Pyro model.
@@ -38,15 +51,19 @@ class FlowSVI:
         objective: What to maximise; `None` for `ELBO()`.
         num_particles: Draws a step. Many fit better and cost a small model little; where each draw runs a network over
             a minibatch, take a few.
-        learning_rate: Adam's rate between warm-up and cool-down.
+        learning_rate: Adam's rate between warm-up and cool-down; `None` tries five for 100 steps each from the start.
+        weight_decay: Decoupled decay of every parameter (AdamW).
         max_steps: Upper bound of the run.
         eval_every: Steps between evaluations.
-        eval_particles: Draws of an evaluation.
+        eval_particles: Draws of the final evaluation.
         clip_norm: Largest norm of the gradient.
         compile: Whether to record a step as a graph of tensor operations and compile it, which takes from ten seconds
-            to minutes and makes small models many times faster: pays where steps are many. It is compared with the
-            plain step first; where that fails, or the model cannot be recorded, a warning says why and the run goes on
-            without. "auto" does as much of it as pays within `max_steps`, by an estimate.
+            to minutes and makes small models many times faster. It is compared with the plain step first; where that
+            fails, or the model cannot be recorded, a warning says why and the run goes on without. "auto" does as much
+            of it as pays within `max_steps`, by an estimate from the number of operations.
+        checkpoint: A file to write the fit's whole state to at each evaluation, for `resume`.
+        callbacks: Called with each `Evaluation` while the guide holds the state that was reached; one that returns
+            `True` ends the run.
         seed: Makes the run reproducible bit for bit on one machine, and leaves the global random state as it was.
             `None` draws from the global state.
         progress: Whether to show a progress bar.
@@ -74,18 +91,21 @@ class FlowSVI:
         *,
         objective: ELBO | None = None,
         num_particles: int = 256,
-        learning_rate: float = 1e-2,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
         max_steps: int = 10_000,
         eval_every: int = 100,
         eval_particles: int = 1000,
         clip_norm: float = 10.0,
-        compile: bool | Literal["auto"] = False,  # noqa: A002 - as torch calls it
+        compile: bool | Literal["auto"] = "auto",  # noqa: A002 - as torch calls it
+        checkpoint: str | os.PathLike[str] | None = None,
+        callbacks: Sequence[Callback] = (),
         seed: int | None = None,
         progress: bool = True,
     ) -> None:
         numbers = {
             "num_particles": num_particles,
-            "learning_rate": learning_rate,
+            "learning_rate": 1.0 if learning_rate is None else learning_rate,
             "max_steps": max_steps,
             "eval_every": eval_every,
             "eval_particles": eval_particles,
@@ -94,61 +114,128 @@ class FlowSVI:
         for name, value in numbers.items():
             if not value > 0:
                 raise ValueError(f"{name} must be positive; got {value!r}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative; got {weight_decay!r}")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
         self.compile = compile
         self.program = Program(model, guide)
         self.objective = ELBO() if objective is None else objective
-        self.num_particles, self.learning_rate, self.max_steps = num_particles, learning_rate, max_steps
-        self.eval_every, self.eval_particles, self.clip_norm = eval_every, eval_particles, clip_norm
+        self.num_particles, self.learning_rate, self.weight_decay = num_particles, learning_rate, weight_decay
+        self.max_steps, self.eval_every, self.eval_particles = max_steps, eval_every, eval_particles
+        self.clip_norm, self.callbacks = clip_norm, tuple(callbacks)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.seed, self.progress = seed, progress
 
     def run(self, *args: Any, **kwargs: Any) -> FitResult:
         """Fit to the model's arguments, from the guide's present state, and leave the best state in the guide.
 
+        Ctrl-C ends the run and returns the best state until then.
+
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
         """
-        with torch.random.fork_rng() if self.seed is not None else nullcontext():
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
-            return self._run(args, kwargs)
+        return self._run(itertools.repeat((args, kwargs)), fixed=True)
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult:
+    def run_batches(self, batches: Iterable[Any]) -> FitResult:
+        """Fit to minibatches, one for each step, over and over.
+
+        Args:
+            batches: What a `torch.utils.data.DataLoader` is: each iteration over it gives the minibatches of an epoch,
+                as tuples or lists of the model's arguments, dictionaries of keyword arguments, or one argument.
+                The model scales the likelihood to the whole data itself (`pyro.plate(name, size, len(batch))`). With
+                several processes each has batches of its own.
+
+        Raises:
+            ValueError: If there are no batches; else as `run`.
+        """
+        return self._run(_arguments(batches), fixed=False)
+
+    def resume(self, *args: Any, **kwargs: Any) -> FitResult:
+        """Go on with the run that wrote the checkpoint, to the result that it would have had, bit for bit.
+
+        Raises:
+            ValueError: If there is no checkpoint, or one of other parameters; else as `run`.
+        """
+        if self.checkpoint is None or not self.checkpoint.exists():
+            raise ValueError(f"checkpoint must name a file that a run has written; got {str(self.checkpoint)!r}")
+        return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
+
+    def _run(self, data: Iterator[Arguments], fixed: bool, resume: Path | None = None) -> FitResult:
+        ranks = Ranks()
+        before = random_state()
+        try:
+            ranks.seed(self.seed)
+            return self._fit(data, fixed, ranks, resume)
+        finally:
+            if self.seed is not None:
+                set_random_state(before)
+
+    def _fit(self, data: Iterator[Arguments], fixed: bool, ranks: Ranks, resume: Path | None) -> FitResult:
         start = time.perf_counter()
+        args, kwargs = next(data)
         params = self._params(args, kwargs)
-        adam = GuardedAdam(params, self.clip_norm)
-        step, execution = self._prepare(adam, args, kwargs)
-        compile_seconds = time.perf_counter() - start
-        schedule = PlateauSchedule(self.learning_rate, self.max_steps)
-        history: list[Tensor] = []
-        evaluations = [self._evaluate(0, args, kwargs)]
-        best, best_state = evaluations[0], [p.detach().clone() for p in params]
+        flat = ranks.of_first(read(params))
+        write(flat, params)
+        adam = GuardedAdam(self.clip_norm, self.weight_decay)
+        execution = Execution(
+            self.compile, self.program, self.objective, adam, params, ranks, self.max_steps, self.eval_every
+        )
+        particles = ranks.share(self.num_particles)
+        execution.steps(State.start(flat), particles, args, kwargs, fixed)
+
+        def advance(state: State, rates: Tensor) -> tuple[State, Tensor]:
+            """Take as many steps as there are rates."""
+            nonlocal args, kwargs
+            values = []
+            while rates.numel():
+                steps = execution.steps(state, particles, args, kwargs, fixed)
+                noise = max(1, particles * self.program.structure(args, kwargs).noise_dim)
+                now, rates = rates.tensor_split((max(1, _MAX_NOISE // noise) if fixed else 1,))
+                state, elbos = steps(state, now, self.program.draw(particles, args, kwargs, len(now)))
+                values.append(elbos)
+                args, kwargs = next(data)
+            return state, torch.cat(values)
+
+        if resume is None:
+            state = State.start(flat)
+            rate = self._find_rate(advance, state) if self.learning_rate is None else self.learning_rate
+            fit = Progress(state, PlateauSchedule(rate, self.max_steps))
+            write(flat, params)
+            fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
+        else:
+            fit = Progress.load(resume, flat)
+        earlier = fit.seconds
         stop_reason = ""
-        with tqdm(total=self.max_steps, disable=not self.progress, desc="FlowSVI") as bar:
-            while len(history) < schedule.last_step:
-                rate = torch.tensor(schedule.rate(len(history)), dtype=params[0].dtype, device=params[0].device)
-                adam.state, elbo = step(adam.state, rate)
-                history.append(elbo)
-                if len(history) % self.eval_every and len(history) < schedule.last_step:
-                    continue
-                evaluations.append(self._watch(history, args, kwargs))
-                if not best.elbo >= evaluations[-1].elbo:
-                    best, best_state = evaluations[-1], [p.detach().clone() for p in params]
-                schedule.observe(evaluations)
-                bar.total = schedule.last_step
-                bar.update(len(history) - bar.n)
-                bar.set_postfix_str(f"ELBO {evaluations[-1].elbo:.3f}")
-                if int(adam.run_skipped) >= _MAX_RUN_SKIPPED:
-                    stop_reason = self._blame(args, kwargs)
-                    break
-        with torch.no_grad():
-            for param, value in zip(params, best_state, strict=True):
-                param.copy_(value)
-        final = self._evaluate(best.step, args, kwargs)
-        converged = not stop_reason and schedule.plateau_step is not None and math.isfinite(final.elbo)
+        try:
+            with tqdm(total=fit.schedule.last_step, disable=not self.progress, desc="FlowSVI") as bar:
+                while fit.steps < fit.schedule.last_step and not stop_reason:
+                    num_steps = min(self.eval_every, fit.schedule.last_step - fit.steps)
+                    rates = fit.schedule.rates(fit.steps, num_steps, flat)
+                    fit.state, elbos = advance(fit.state.restart_average(), rates)
+                    fit.history.append(elbos)
+                    fit.observe(_of_steps(fit.steps, elbos), torch.stack([fit.state.average, fit.state.params]))
+                    fit.schedule.observe(fit.evaluations)
+                    fit.seconds = earlier + time.perf_counter() - start
+                    if self.checkpoint is not None and ranks.index == 0:
+                        fit.save(self.checkpoint)
+                    bar.total = fit.schedule.last_step
+                    bar.update(fit.steps - bar.n)
+                    bar.set_postfix_str(f"ELBO {fit.evaluations[-1].elbo:.3f}")
+                    write(fit.state.params, params)
+                    stops = [callback(fit.evaluations[-1]) for callback in self.callbacks]
+                    if fit.state.run_skipped >= _MAX_RUN_SKIPPED:
+                        stop_reason = self._blame(args, kwargs)
+                    elif any(stops):
+                        stop_reason = f"stopped by a callback at step {fit.steps}"
+        except KeyboardInterrupt:
+            stop_reason = f"interrupted after step {fit.steps}"
+        finally:
+            write(fit.best[0], params)
+        final = self._choose(fit, params, ranks, args, kwargs)
+        converged = not stop_reason and fit.schedule.plateau_step is not None and math.isfinite(final.elbo)
         if converged:
-            stop_reason = f"converged: the ELBO reached a plateau at step {schedule.plateau_step}"
+            stop_reason = f"converged: the ELBO reached a plateau at step {fit.schedule.plateau_step}"
         elif not stop_reason:
             stop_reason = f"not converged: the ELBO reached no plateau within max_steps={self.max_steps}"
         return FitResult(
@@ -156,79 +243,68 @@ class FlowSVI:
             elbo_mcse=final.mcse,
             converged=converged,
             stop_reason=stop_reason,
-            steps=len(history),
-            best_step=best.step,
-            num_skipped=int(adam.num_skipped),
-            seconds=time.perf_counter() - start,
-            execution=execution,
-            compile_seconds=compile_seconds,
-            history=torch.stack(history),
-            evaluations=tuple(evaluations),
+            steps=fit.steps,
+            best_step=fit.best_evaluation.step,
+            num_skipped=int(fit.state.num_skipped),
+            seconds=earlier + time.perf_counter() - start,
+            learning_rate=fit.schedule.learning_rate,
+            execution=execution.form,
+            execution_reason=execution.reason,
+            compile_seconds=execution.seconds,
+            history=torch.cat([flat.new_empty(0), *fit.history]),
+            evaluations=tuple(fit.evaluations),
         )
 
-    def _prepare(self, adam: GuardedAdam, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Step, str]:
-        """Return the step in the form that the run takes, and which form that is."""
-
-        def plain(state: State, learning_rate: Tensor) -> tuple[State, Tensor]:
-            adam.state = state
-            elbo, surrogate = self.objective.estimate(self.program, self.num_particles, args, kwargs)
-            grads = torch.autograd.grad(-surrogate, adam.params, allow_unused=True, materialize_grads=True)
-            adam.step(elbo, grads, learning_rate)
-            return adam.state, elbo
-
-        if self.compile is False:
-            return plain, "plain"
-        state = adam.state
-        rate = torch.tensor(self.learning_rate, dtype=adam.params[0].dtype, device=adam.params[0].device)
-        form: tuple[Step, str] = plain, "plain"
-        vectorized = self.program.vectorized
-        try:
-            if self.compile == "auto" and self.max_steps < MIN_STEPS_TO_RECORD:
-                return form
-            graph = GraphStep(plain, adam.params, state, rate)
-            if not self.program.vectorized:
-                raise GraphError("the model cannot be batched over draws")
-            graph.verify()
-            form = graph, "recorded"
-            if self.compile == "auto" and not graph.pays_to_compile(self.max_steps):
-                return form
-            graph.compile()
-            graph.verify()
-            form = graph, "compiled"
-        except GraphError as error:
-            warnings.warn(f"the step runs {form[1]}, not compiled: {error}", stacklevel=4)
-        finally:
-            adam.state = state
-            self.program.vectorized = vectorized  # what recording could not batch, a plain step can
-        return form
+    def _find_rate(self, advance: Callable[[State, Tensor], tuple[State, Tensor]], state: State) -> float:
+        """Try each learning rate from the start, and return the one whose last steps have the highest ELBO."""
+        reached = {}
+        for rate in _RATES:
+            rates = PlateauSchedule(rate, self.max_steps).rates(0, _TRIAL_STEPS, state.params)
+            elbos = advance(state, rates)[1][_TRIAL_STEPS // 2 :]
+            reached[rate] = float(elbos.mean()) if elbos.isfinite().all() else -math.inf
+        return max(reached, key=lambda rate: reached[rate])
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""
         self.program.structure(args, kwargs)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
-            self.objective.estimate(self.program, 1, args, kwargs)
+            self.objective.estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
         params = list({id(p): p for p in params if p.requires_grad}.values())
         if not params:
             raise ValueError("neither model nor guide has a parameter to fit")
         return params
 
-    def _watch(self, history: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
-        """Evaluate on the way: on fresh draws or, where data are subsampled, by the minibatches of late steps."""
-        if self.program.structure(args, kwargs).subsamples:
-            return _evaluation(len(history), torch.stack(history[-self.eval_every :]))
-        return self._evaluate(len(history), args, kwargs)
+    def _choose(
+        self, fit: Progress, params: Sequence[Tensor], ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Evaluation:
+        """Leave the best block's average or its last state in the guide, whichever is better; return its evaluation."""
+        found = []
+        for candidate in fit.best:
+            write(candidate, params)
+            found.append(self._evaluate(fit.best_evaluation.step, ranks, args, kwargs))
+        chosen = int(found[1].elbo > found[0].elbo)
+        write(fit.best[chosen], params)
+        return found[chosen]
 
-    def _evaluate(self, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+    def _evaluate(self, step: int, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
+        """Evaluate on fresh draws, and on fresh minibatches where a plate is subsampled."""
+
         def elbo(particle: Particle) -> dict[str, Tensor]:
             return {"elbo": log_prob_sum(particle.model) - log_prob_sum(particle.guide)}
 
         if not self.program.structure(args, kwargs).subsamples:
-            return _evaluation(step, self.program.map_in_chunks(elbo, self.eval_particles, args, kwargs)["elbo"])
-        # Draws of one minibatch share its noise: the minibatches are what is averaged.
-        with torch.no_grad():
-            batches = [self.program.map(elbo, self.num_particles, args, kwargs) for _ in range(self.eval_every)]
-        return _evaluation(step, torch.stack([batch["elbo"].mean() for batch in batches]))
+            number = ranks.share(self.eval_particles)
+            values = self.program.map_in_chunks(elbo, number, args, kwargs)["elbo"]
+        else:
+            # Draws of one minibatch share its noise: the minibatches are what is averaged.
+            particles = ranks.share(self.num_particles)
+            with torch.no_grad():
+                batches = [self.program.draw(particles, args, kwargs) for _ in range(self.eval_every)]
+                values = torch.stack([self.program.map(elbo, draws, args, kwargs)["elbo"].mean() for draws in batches])
+        mean = ranks.mean(values.mean())
+        variance = ranks.mean((values - mean).square().mean())
+        return _evaluation(step, float(mean), float(variance), ranks.size * len(values))
 
     def _blame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which sites have no finite density."""
@@ -246,7 +322,33 @@ class FlowSVI:
         )
 
 
-def _evaluation(step: int, values: Tensor) -> Evaluation:
+def _arguments(batches: Iterable[Any]) -> Iterator[Arguments]:
+    """Go through the batches again and again, each as arguments of the model."""
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            if isinstance(batch, Mapping):
+                yield (), dict(batch)
+            else:
+                yield (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+        if empty:
+            raise ValueError(
+                "batches must give minibatches at each iteration over it; it gave none (a generator gives them once: "
+                "pass a list or a DataLoader)"
+            )
+
+
+def _of_steps(step: int, elbos: Tensor) -> Evaluation:
+    """Evaluate by the ELBOs of steps: of the finite ones, unless these are few."""
+    finite = elbos[elbos.isfinite()]
+    if 2 * len(finite) < len(elbos):
+        return Evaluation(step, -math.inf, math.inf)
+    return _evaluation(step, float(finite.mean()), float(finite.var(correction=0)), len(finite))
+
+
+def _evaluation(step: int, mean: float, variance: float, number: int) -> Evaluation:
     """Mean and standard error of independent estimates; minus infinity if one of them is not finite."""
-    mean, sd = float(values.mean()), float(values.std())
-    return Evaluation(step, mean if math.isfinite(mean) else -math.inf, sd / math.sqrt(len(values)))
+    if not math.isfinite(mean):
+        return Evaluation(step, -math.inf, math.inf)
+    return Evaluation(step, mean, math.sqrt(variance / max(number - 1, 1)))

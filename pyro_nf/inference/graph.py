@@ -1,133 +1,290 @@
-"""A step of a fit as one graph of tensor operations, free of Python, that a compiler can take.
+"""Steps of a fit as a graph of tensor operations, free of Python, that a compiler can take.
 
 Pyro's effect handlers, the particles' `vmap`, the gradient and the optimiser are ordinary Python around tensor
-operations. Running a step once under `make_fx` records the operations alone. The random ones stay in the graph, in
-their order: from one seed, its draws are those of the plain step, and the two can be compared.
+operations. Running a step once under `make_fx` records the operations alone. What a step reads of its inputs and of the
+parameters becomes an input of the graph; other tensors (data that a model holds, buffers) stay the tensors they are.
+Random operations stay in the graph, in their order: from one seed, its draws are those of the plain step.
 """
 
-import time
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
-State = tuple[Tensor, ...]
-Step = Callable[[State, Tensor], tuple[State, Tensor]]
+from pyro_nf.inference.optim import State
+from pyro_nf.tracing import Draws
 
-# How far a graph's results may be from the plain step's, relative to the largest entry of each tensor: some thousand
-# rounding units of float32, which sums in another order leave.
-TOLERANCE = 1e-3
+Leaves = tuple[Tensor, ...]
+Step = Callable[[State, Tensor, Draws, Leaves], tuple[State, Tensor]]
+"""`(state, learning rate, draws, data) -> (state, ELBO)`."""
 
+# How far a graph's results may be from the plain step's: relative to the largest entry of a parameter's gradient, some
+# thousand rounding units of float32, which sums in another order leave; and relative to the largest of all, for
+# gradients that are zero but for rounding.
+TOLERANCE, TOLERANCE_OF_ALL = 1e-3, 1e-5
 
+# Operations of a compiled graph: more steps in one call save calls, but take longer to compile.
+MAX_OPERATIONS_UNROLLED = 3000
+MAX_UNROLL = 10
+
+# What `pays_to_compile` assumes, measured on one core of an AMD EPYC. No clock decides: a seed gives the same run.
+COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION, SECONDS_SAVED_PER_OPERATION = 4.0, 0.012, 4e-6
 # Recording a step takes as long as some hundred plain steps, and about halves the time of those that follow.
 MIN_STEPS_TO_RECORD = 1000
-# Measured on one core of an AMD EPYC, for graphs of 450 to 3,000 operations.
-COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION = 4.0, 0.012
 
 
 class GraphError(Exception):
     """A step cannot be recorded, compiled, or trusted; the message says why."""
 
 
-class GraphStep:
-    """A step `(state, learning_rate) -> (state, value)` that updates parameters in place, recorded as a graph.
-
-    The parameters and all else that the step reads are the tensors themselves, not copies: a graph is good for as long
-    as the program keeps these tensors.
+class PlainSteps:
+    """Run a step as it is, several times.
 
     Args:
-        step: The plain step.
-        params: The tensors that it updates.
-        state: What the first call gets.
-        learning_rate: The learning rate of the first call, a scalar tensor.
+        step: A step that reads the parameters where they are.
+        params: The parameters, whose values side by side are `state.params`.
+    """
+
+    def __init__(self, step: Step, params: Sequence[Tensor]) -> None:
+        self._step, self._params = step, params
+
+    def __call__(self, state: State, rates: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+        """Take a step for each of the learning rates; return the state and the ELBOs, `(num_steps,)`."""
+        values = []
+        for i, rate in enumerate(rates):
+            write(state.params, self._params)
+            state, value = self._step(state, rate, draws.step(i), leaves)
+            values.append(value)
+        return state, torch.stack(values)
+
+
+class GraphSteps:
+    """Run a step as a graph, several times.
+
+    Args:
+        step: A step that reads the parameters where they are.
+        params: The parameters, whose values side by side are `state.params`.
+        state: A state of the fit.
+        draws: Draws for one step.
+        leaves: Data.
 
     Raises:
         GraphError: If the step cannot be recorded, as where control flow depends on values.
     """
 
-    def __init__(self, step: Step, params: Sequence[Tensor], state: State, learning_rate: Tensor) -> None:
-        self._step, self._params, self._inputs = step, params, (state, learning_rate)
+    def __init__(self, step: Step, params: Sequence[Tensor], state: State, draws: Draws, leaves: Leaves) -> None:
+        self._plain = PlainSteps(step, params)
+        self._params = params
+        self._example = state, draws, leaves
+        names = list(draws.indices)
+
+        def function(*inputs: Tensor) -> tuple[Tensor, ...]:
+            old, (rate, noise, *rest) = State(*inputs[: len(state)]), inputs[len(state) :]
+            given = Draws(noise, dict(zip(names, rest[: len(names)], strict=True)))
+            with IntegerConstants(inputs):
+                new, value = step(old, rate, given, tuple(rest[len(names) :]))
+            return *new, value
+
+        inputs = (*state, state.params.new_zeros(()), draws.noise, *draws.indices.values(), *leaves)
         with self._rehearsal():
             try:
-                self._graph = make_fx(step)(state, learning_rate)
+                # Copies, for one tensor given twice would be one input.
+                self._graph = make_fx(function)(*(tensor.clone() for tensor in inputs))
             except Exception as error:  # whatever the model raises where its tensors have no values
-                raise GraphError(_first_line(error)) from error
-        self._call: Step = self._graph
+                raise GraphError(first_line(error)) from error
+            _read_from_flat(self._graph, params)
+        self.unroll = 1
+        self._call = self._steps
 
     @property
     def size(self) -> int:
-        """Number of operations."""
-        return len(self._graph.graph.nodes)
+        """Number of operations of a step."""
+        return sum(node.op == "call_function" for node in self._graph.graph.nodes)
 
-    def pays_to_compile(self, steps: int) -> bool:
-        """Whether compiling takes less than half of the time that so many steps take without."""
-        with self._rehearsal():
-            self(*self._inputs)
-            start = time.perf_counter()
-            for _ in range(5):
-                self(*self._inputs)
-            seconds = (time.perf_counter() - start) / 5
-        return 2 * (COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * self.size) < steps * seconds
+    def pays_to_compile(self, num_steps: int) -> bool:
+        """Whether compiling takes less than half of the time that it saves in so many steps, by an estimate."""
+        cost = COMPILE_SECONDS + COMPILE_SECONDS_PER_OPERATION * self.size
+        return 2 * cost < num_steps * self.size * SECONDS_SAVED_PER_OPERATION
 
-    def compile(self) -> None:
-        """Compile the graph, and call it once.
+    def compile(self, num_steps: int) -> None:
+        """Compile the graph of several steps, as many as divide `num_steps` and are small, and call it once.
 
         Raises:
             GraphError: If the compiler refuses, or there is none.
         """
-        # The compiler's own random numbers are faster by a little, but not those of the plain step.
-        self._call = torch.compile(self._graph, fullgraph=True, options={"fallback_random": True})
+        most = min(MAX_UNROLL, max(1, MAX_OPERATIONS_UNROLLED // self.size))
+        self.unroll = max(u for u in range(1, most + 1) if num_steps % u == 0)
+        on_gpu = self._params[0].is_cuda
+        # The compiler's own random numbers are faster by a little, but not those of the plain step. In small steps
+        # most of the time goes into making tensors, which is fastest from C++, at once.
+        options = {
+            "fallback_random": True,
+            "triton.cudagraphs": on_gpu,
+            "cpp_wrapper": not on_gpu,
+            "memory_planning": not on_gpu,
+        }
+        self._call = torch.compile(self._steps, fullgraph=True, dynamic=False, options=options)
+        state, draws, leaves = self._example
         with self._rehearsal():
             try:
-                self(*self._inputs)
+                self(state, state.params.new_zeros(self.unroll), _repeated(draws, self.unroll), leaves)
             except Exception as error:  # the compiler's errors are of many kinds
-                self._call = self._graph
-                raise GraphError(_first_line(error)) from error
+                self.unroll, self._call = 1, self._steps
+                raise GraphError(first_line(error)) from error
 
     def verify(self) -> None:
-        """Compare a step of the graph with the plain one, here and at perturbed parameters, from one seed.
+        """Compare ELBO and gradient with the plain step's, here and at perturbed parameters, from one seed.
 
         Raises:
-            GraphError: If value, parameters or state differ.
+            GraphError: If they differ.
         """
-        for shift in (0.0, 0.1):
-            wanted, got = self._outcome(self._step, shift), self._outcome(self, shift)
-            for one, other in zip(wanted, got, strict=True):
-                scale = one.abs().nan_to_num(posinf=0.0).amax() if one.numel() else 0.0
-                if not torch.allclose(one.double(), other.double(), 0.0, TOLERANCE * float(scale), equal_nan=True):
-                    raise GraphError("the graph's results differ from the plain step's")
-
-    def __call__(self, state: State, learning_rate: Tensor) -> tuple[State, Tensor]:
-        """Take a step."""
-        with torch.no_grad():  # gradients are operations of the graph
-            return self._call(state, learning_rate)
-
-    def _outcome(self, step: Step, shift: float) -> list[Tensor]:
+        here, draws, leaves = self._example
+        sizes = [param.numel() for param in self._params]
+        draws, rates = _repeated(draws, self.unroll), here.params.new_zeros(self.unroll)
         with self._rehearsal():
-            torch.manual_seed(0)
-            with torch.no_grad():
-                for param in self._params:
-                    param.add_(shift * torch.randn_like(param))
-            state, value = step(*self._inputs)
-            return [value, *state, *(param.detach().clone() for param in self._params)]
+            for _ in range(2):
+                results = []
+                for steps in (self._plain, self):
+                    torch.manual_seed(1)
+                    results.append(steps(here, rates, draws, leaves))
+                (wanted, elbos), (got, other_elbos) = results
+                # Rate 0: parameters stay, and the optimiser's averages are those of the gradient over the steps.
+                largest = _size(wanted.mean)
+                pairs = zip(wanted.mean.split(sizes), got.mean.split(sizes), strict=True)
+                close = [_close(one, other, TOLERANCE_OF_ALL * largest) for one, other in pairs]
+                close += [_close(one, other) for one, other in zip((elbos, *wanted), (other_elbos, *got), strict=True)]
+                if not all(close):
+                    raise GraphError("the graph's results differ from the plain step's")
+                here = wanted._replace(params=wanted.params + 0.1 * torch.randn_like(wanted.params))
+
+    def __call__(self, state: State, rates: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+        """Take a step for each of the learning rates; return the state and the ELBOs, `(num_steps,)`."""
+        values = []
+        given = (draws.noise, *draws.indices.values())
+        whole = len(rates) // self.unroll * self.unroll
+        with torch.no_grad():  # gradients are operations of the graph
+            for start in range(0, len(rates), self.unroll):
+                # What is left over by whole calls runs as recorded.
+                call = self._call if start < whole else self._steps
+                part = slice(start, start + self.unroll)
+                if self._params[0].is_cuda:
+                    torch.compiler.cudagraph_mark_step_begin()
+                *new, value = call(tuple(state), rates[part], tuple(tensor[part] for tensor in given), leaves)
+                if self._params[0].is_cuda:  # the next call writes over the outputs of this one
+                    new, value = [tensor.clone() for tensor in new], value.clone()
+                state = State(*new)
+                values.append(value)
+        return state, torch.cat(values)
+
+    def _steps(self, state: Leaves, rates: Tensor, draws: Leaves, leaves: Leaves) -> Leaves:
+        values = []
+        for i in range(rates.shape[0]):
+            *state, value = self._graph(*state, rates[i], *(tensor[i] for tensor in draws), *leaves)  # type: ignore[assignment]
+            values.append(value)
+        return *state, torch.stack(values)
 
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
         """Leave parameters and random state as they were, and warnings for the run itself."""
-        kept = [param.detach().clone() for param in self._params]
+        level = logging.root.manager.disable
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            logging.disable(logging.WARNING)  # the compiler's remarks on its own ways
             try:
                 yield
             finally:
-                with torch.no_grad():
-                    for param, value in zip(self._params, kept, strict=True):
-                        param.copy_(value)
+                logging.disable(level)
+                write(self._example[0].params, self._params)
 
 
-def _first_line(error: Exception) -> str:
+class IntegerConstants(TorchDispatchMode):
+    """While a graph is recorded, compute at once what follows from whole numbers that are not inputs.
+
+    Then their values may be looked at: a model may index a list with the entries of a permutation, or count the groups
+    that it finds in its data. Other tensors, such as buffers, may change from step to step, and are recorded.
+
+    Args:
+        inputs: What the graph's inputs are.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._variable = list(inputs)  # kept alive, so that no other tensor gets the same id
+        self._ids = {id(tensor) for tensor in inputs}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, unrecorded if it is a function of constants."""
+        kwargs = kwargs or {}
+        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        constant = all(not t.is_floating_point() and id(t) not in self._ids for t in tensors) and tensors
+        if constant and not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags:
+            with disable_proxy_modes_tracing():
+                return func(*args, **kwargs)
+        results = func(*args, **kwargs)
+        for result in pytree.tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._variable.append(result)
+                self._ids.add(id(result))
+        return results
+
+
+def write(flat: Tensor, params: Sequence[Tensor]) -> None:
+    """Copy values that stand side by side into the parameters."""
+    with torch.no_grad():
+        parts = flat.split([param.numel() for param in params])
+        for part, param in zip(parts, params, strict=True):
+            param.copy_(part.view_as(param))
+
+
+def read(params: Sequence[Tensor]) -> Tensor:
+    """Return the parameters' values side by side."""
+    return torch.cat([param.detach().reshape(-1) for param in params])
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in short."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+
+
+def _repeated(draws: Draws, num_steps: int) -> Draws:
+    """Other draws of the same kind for each step: the given ones, rolled along the particles."""
+    noise = torch.stack([draws.noise.roll(i, -1) for i in range(num_steps)])
+    return Draws(noise, {name: torch.stack([rows] * num_steps) for name, rows in draws.indices.items()})
+
+
+def _read_from_flat(graph: GraphModule, params: Sequence[Tensor]) -> None:
+    """Let a graph read parameters from its first input, where they stand side by side."""
+    nodes = graph.graph
+    flat, *_, last_input = (node for node in nodes.nodes if node.op == "placeholder")
+    views, start = {}, 0
+    for param in params:
+        end = start + param.numel()
+        with nodes.inserting_after(last_input):
+            part = nodes.call_function(torch.ops.aten.slice.Tensor, (flat, 0, start, end))
+        with nodes.inserting_after(part):
+            views[id(param)] = nodes.call_function(torch.ops.aten.view.default, (part, list(param.shape)))
+        start = end
+    for node in nodes.nodes:
+        if node.op == "get_attr" and (view := views.get(id(getattr(graph, str(node.target))))) is not None:
+            node.replace_all_uses_with(view)
+            nodes.erase_node(node)
+    graph.recompile()
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.abs().nan_to_num(posinf=0.0).amax()) if tensor.numel() else 0.0
+
+
+def _close(wanted: Tensor, got: Tensor, atol: float = 0.0) -> bool:
+    return torch.allclose(wanted.double(), got.double(), 0.0, TOLERANCE * _size(wanted) + atol, equal_nan=True)

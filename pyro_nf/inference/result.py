@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Evaluation(NamedTuple):
-    """The ELBO after `step` steps, on fresh draws, with its Monte Carlo standard error (nats)."""
+    """The ELBO when `step` steps were taken, by draws that changed nothing yet, and its Monte Carlo error (nats)."""
 
     step: int
     elbo: float
@@ -27,10 +27,12 @@ class FitResult:
         best_step: The step whose state was kept.
         num_skipped: Steps left out for a non-finite loss or gradient.
         seconds: Wall time.
+        learning_rate: Adam's rate between warm-up and cool-down, given or found.
         execution: How the steps ran: "plain", "recorded" as a graph, or "compiled".
-        compile_seconds: Wall time until the first step, spent on recording and compiling if there was any.
+        execution_reason: Why they were not compiled, or an empty string.
+        compile_seconds: Wall time spent on recording and compiling.
         history: The ELBO estimate of each step in nats, `(steps,)`.
-        evaluations: The fresh-draw evaluations on the way.
+        evaluations: The evaluations on the way, one for each `eval_every` steps.
     """
 
     elbo: float
@@ -41,7 +43,9 @@ class FitResult:
     best_step: int
     num_skipped: int
     seconds: float
+    learning_rate: float
     execution: str
+    execution_reason: str
     compile_seconds: float
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)

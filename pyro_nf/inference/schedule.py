@@ -1,6 +1,10 @@
 """When to stop, and the learning rate on the way there."""
 
 import math
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from pyro_nf.inference.result import Evaluation
 
@@ -32,6 +36,22 @@ class PlateauSchedule:
     def last_step(self) -> int:
         """The number of steps after which the run ends, as far as is known now."""
         return self.max_steps if self._cooldown is None else self._cooldown[1]
+
+    def state(self) -> dict[str, Any]:
+        """Return all that the schedule is and knows, as plain values."""
+        return vars(self).copy()
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "PlateauSchedule":
+        """Return the schedule whose `state` this is."""
+        schedule = cls(state["learning_rate"], state["max_steps"])
+        vars(schedule).update(state)
+        return schedule
+
+    def rates(self, step: int, num_steps: int, like: Tensor) -> Tensor:
+        """Return the learning rates of `num_steps` steps from this one on, in the dtype and on the device of `like`."""
+        rates = [self.rate(step + i) for i in range(num_steps)]
+        return torch.tensor(rates, dtype=like.dtype, device=like.device)
 
     def rate(self, step: int) -> float:
         """Return the learning rate of this step, counted from 0."""

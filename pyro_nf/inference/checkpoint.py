@@ -1,0 +1,100 @@
+"""A fit on its way, and the file that keeps it."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_nf.inference.optim import State
+from pyro_nf.inference.result import Evaluation
+from pyro_nf.inference.schedule import PlateauSchedule
+
+
+@dataclass
+class Progress:
+    """All that a fit needs to go on.
+
+    Attributes:
+        state: Parameters and optimiser.
+        schedule: The learning rate's.
+        history: The ELBO estimates of blocks of steps.
+        evaluations: ELBOs on the way, the first of the start.
+        best: The best evaluation's parameters, averaged over its steps and after the last one, `(2, size)`.
+        seconds: Wall time until now.
+    """
+
+    state: State
+    schedule: PlateauSchedule
+    history: list[Tensor] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    best: Tensor = field(default_factory=lambda: torch.empty(0))
+    seconds: float = 0.0
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return sum(map(len, self.history))
+
+    @property
+    def best_evaluation(self) -> Evaluation:
+        """The highest ELBO on the way; the latest of equal ones."""
+        return max(reversed(self.evaluations), key=lambda evaluation: evaluation.elbo)
+
+    def observe(self, evaluation: Evaluation, params: Tensor) -> None:
+        """Note an evaluation, and keep its parameters if it is the best."""
+        self.evaluations.append(evaluation)
+        if self.best_evaluation is evaluation:
+            self.best = params
+
+    def save(self, path: Path) -> None:
+        """Write all of it, and the state of the random number generators, to a file that is whole or the old one."""
+        content = {
+            "state": self.state._asdict(),
+            "schedule": self.schedule.state(),
+            "history": self.history,
+            "evaluations": [tuple(evaluation) for evaluation in self.evaluations],
+            "best": self.best,
+            "seconds": self.seconds,
+            "random": random_state(),
+        }
+        partial = path.with_name(f"{path.name}.partial")
+        torch.save(content, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: Path, params: Tensor) -> "Progress":
+        """Read a file that `save` wrote, and set the random number generators as they were.
+
+        Raises:
+            ValueError: If it belongs to another number of parameters than `params` has.
+        """
+        content: dict[str, Any] = torch.load(path, map_location=params.device, weights_only=True)
+        state = State(**content["state"])
+        if state.params.shape != params.shape:
+            raise ValueError(
+                f"checkpoint {str(path)!r} holds {len(state.params)} parameters; model and guide have {len(params)}"
+            )
+        set_random_state([tensor.cpu() for tensor in content["random"]])
+        return cls(
+            state,
+            PlateauSchedule.from_state(content["schedule"]),
+            content["history"],
+            [Evaluation(*evaluation) for evaluation in content["evaluations"]],
+            content["best"],
+            content["seconds"],
+        )
+
+
+def random_state() -> list[Tensor]:
+    """Return the state of torch's generators, that of the processor first."""
+    return [torch.random.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def set_random_state(state: list[Tensor]) -> None:
+    """Set the generators as `random_state` found them."""
+    torch.random.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(state[1:])
