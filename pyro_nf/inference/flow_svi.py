@@ -27,8 +27,9 @@ from pyro_nf.tracing import Particle, Program, log_prob_sum
 _MAX_RUN_SKIPPED = 100
 # Normals that are drawn at once, for many steps of a small model.
 _MAX_NOISE = 2**22
-# Learning rates that are tried, and for how many steps.
-_RATES, _TRIAL_STEPS = (0.1, 0.03, 0.01, 0.003, 0.001), 100
+# Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
+# fastest at first is too coarse near the end.
+_RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Callback = Callable[[Evaluation], bool | None]
@@ -51,7 +52,8 @@ class FlowSVI:
         objective: What to maximise; `None` for `ELBO()`.
         num_particles: Draws a step. Many fit better and cost a small model little; where each draw runs a network over
             a minibatch, take a few.
-        learning_rate: Adam's rate between warm-up and cool-down; `None` tries five for 100 steps each from the start.
+        learning_rate: Adam's rate between warm-up and cool-down. `None` tries four, from 0.1 to 0.003, for 100 steps
+            each from the start, and takes a third of the one that came furthest.
         weight_decay: Decoupled decay of every parameter (AdamW).
         max_steps: Upper bound of the run.
         eval_every: Steps between evaluations.
@@ -158,7 +160,8 @@ class FlowSVI:
             ValueError: If there is no checkpoint, or one of other parameters; else as `run`.
         """
         if self.checkpoint is None or not self.checkpoint.exists():
-            raise ValueError(f"checkpoint must name a file that a run has written; got {str(self.checkpoint)!r}")
+            got = None if self.checkpoint is None else str(self.checkpoint)
+            raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
 
     def _run(self, data: Iterator[Arguments], fixed: bool, resume: Path | None = None) -> FitResult:
@@ -256,13 +259,13 @@ class FlowSVI:
         )
 
     def _find_rate(self, advance: Callable[[State, Tensor], tuple[State, Tensor]], state: State) -> float:
-        """Try each learning rate from the start, and return the one whose last steps have the highest ELBO."""
+        """Try each learning rate from the start, and return one below that whose last steps have the highest ELBO."""
         reached = {}
         for rate in _RATES:
             rates = PlateauSchedule(rate, self.max_steps).rates(0, _TRIAL_STEPS, state.params)
             elbos = advance(state, rates)[1][_TRIAL_STEPS // 2 :]
             reached[rate] = float(elbos.mean()) if elbos.isfinite().all() else -math.inf
-        return max(reached, key=lambda rate: reached[rate])
+        return _CAUTION * max(reached, key=lambda rate: reached[rate])
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""

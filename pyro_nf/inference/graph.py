@@ -84,6 +84,7 @@ class GraphSteps:
         self._plain = PlainSteps(step, params)
         self._params = params
         self._example = state, draws, leaves
+        self._num_plates = len(draws.indices)
         names = list(draws.indices)
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -102,7 +103,7 @@ class GraphSteps:
                 raise GraphError(first_line(error)) from error
             _read_from_flat(self._graph, params)
         self.unroll = 1
-        self._call = self._steps
+        self._call: Callable[..., Leaves] = self._steps
 
     @property
     def size(self) -> int:
@@ -131,11 +132,14 @@ class GraphSteps:
             "cpp_wrapper": not on_gpu,
             "memory_planning": not on_gpu,
         }
-        self._call = torch.compile(self._steps, fullgraph=True, dynamic=False, options=options)
         state, draws, leaves = self._example
+        rates, draws = state.params.new_zeros(self.unroll), _repeated(draws, self.unroll)
+        inputs = (*state, rates, draws.noise, *draws.indices.values(), *leaves)
         with self._rehearsal():
             try:
-                self(state, state.params.new_zeros(self.unroll), _repeated(draws, self.unroll), leaves)
+                graph = make_fx(self._steps)(*(tensor.clone() for tensor in inputs))
+                self._call = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+                self(state, rates, draws, leaves)
             except Exception as error:  # the compiler's errors are of many kinds
                 self.unroll, self._call = 1, self._steps
                 raise GraphError(first_line(error)) from error
@@ -170,24 +174,29 @@ class GraphSteps:
         values = []
         given = (draws.noise, *draws.indices.values())
         whole = len(rates) // self.unroll * self.unroll
+        on_gpu = self._params[0].is_cuda
         with torch.no_grad():  # gradients are operations of the graph
             for start in range(0, len(rates), self.unroll):
                 # What is left over by whole calls runs as recorded.
                 call = self._call if start < whole else self._steps
                 part = slice(start, start + self.unroll)
-                if self._params[0].is_cuda:
+                if on_gpu:
                     torch.compiler.cudagraph_mark_step_begin()
-                *new, value = call(tuple(state), rates[part], tuple(tensor[part] for tensor in given), leaves)
-                if self._params[0].is_cuda:  # the next call writes over the outputs of this one
+                *new, value = call(*state, rates[part], *(tensor[part] for tensor in given), *leaves)
+                if on_gpu:  # the next call writes over the outputs of this one
                     new, value = [tensor.clone() for tensor in new], value.clone()
                 state = State(*new)
                 values.append(value)
         return state, torch.cat(values)
 
-    def _steps(self, state: Leaves, rates: Tensor, draws: Leaves, leaves: Leaves) -> Leaves:
+    def _steps(self, *inputs: Tensor) -> Leaves:
+        """Take the steps of one call: states, learning rates and draws of each step, data."""
+        first, second = len(State._fields), len(State._fields) + 2 + self._num_plates
+        state, (rates, *draws), leaves = inputs[:first], inputs[first:second], inputs[second:]
         values = []
-        for i in range(rates.shape[0]):
-            *state, value = self._graph(*state, rates[i], *(tensor[i] for tensor in draws), *leaves)  # type: ignore[assignment]
+        for i in range(len(rates)):
+            *new, value = self._graph(*state, rates[i], *(tensor[i] for tensor in draws), *leaves)
+            state = tuple(new)
             values.append(value)
         return *state, torch.stack(values)
 

@@ -32,7 +32,7 @@ def log_evidence(x, y):
 @pytest.mark.parametrize("guide_class", [AutoFlow, AutoMultivariateNormal])
 def test_it_finds_the_evidence_and_stops_by_itself(guide_class):
     guide = guide_class(linear_gaussian)
-    result = FlowSVI(linear_gaussian, guide, seed=0, progress=False).run(X, Y)
+    result = FlowSVI(linear_gaussian, guide, seed=0, progress=False, compile=False).run(X, Y)
     assert abs(result.elbo - log_evidence(X, Y)) < 0.02
     assert result.converged
     assert "plateau" in result.stop_reason
@@ -54,7 +54,9 @@ def test_runs_with_one_seed_are_equal_bit_for_bit_and_leave_the_global_state():
         pyro.clear_param_store()
         state = torch.get_rng_state()
         guide = AutoFlow(linear_gaussian)
-        results.append(FlowSVI(linear_gaussian, guide, seed=5, progress=False, max_steps=60).run(X, Y))
+        results.append(
+            FlowSVI(linear_gaussian, guide, seed=5, progress=False, max_steps=60, learning_rate=0.01).run(X, Y)
+        )
         assert torch.equal(torch.get_rng_state(), state)
         torch.randn(3)
     assert torch.equal(results[0].history, results[1].history)
@@ -62,7 +64,9 @@ def test_runs_with_one_seed_are_equal_bit_for_bit_and_leave_the_global_state():
 
 
 def test_max_steps_is_said_not_to_be_convergence():
-    result = FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), seed=0, progress=False, max_steps=30).run(X, Y)
+    result = FlowSVI(
+        linear_gaussian, AutoFlow(linear_gaussian), seed=0, progress=False, max_steps=30, learning_rate=0.01
+    ).run(X, Y)
     assert not result.converged
     assert "max_steps=30" in result.stop_reason
     assert result.steps == 30
@@ -116,6 +120,107 @@ def test_a_run_without_a_finite_step_ends_early_and_names_the_site():
 def test_bad_numbers_are_named(name):
     with pytest.raises(ValueError, match=f"{name} must be positive; got 0"):
         FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), **{name: 0})
+
+
+def test_a_negative_weight_decay_is_refused_and_a_positive_one_shrinks():
+    with pytest.raises(ValueError, match="weight_decay must not be negative; got -1"):
+        FlowSVI(linear_gaussian, AutoNormal(linear_gaussian), weight_decay=-1)
+    scales = []
+    for weight_decay in (0.0, 10.0):
+        pyro.clear_param_store()
+        guide = AutoNormal(linear_gaussian)
+        options = {"learning_rate": 0.02, "weight_decay": weight_decay, "max_steps": 400, "seed": 0, "progress": False}
+        FlowSVI(linear_gaussian, guide, compile=False, **options).run(X, Y)
+        scales.append(float(guide.locs.b.detach()))
+    assert abs(scales[1]) < 0.5 * abs(scales[0])
+
+
+def test_callbacks_see_each_evaluation_and_the_state_that_it_describes():
+    guide = AutoNormal(linear_gaussian)
+    seen = []
+
+    def look(evaluation):
+        seen.append((evaluation, float(guide.locs.b.detach())))
+        return len(seen) == 3
+
+    options = {"learning_rate": 0.02, "eval_every": 10, "seed": 0, "progress": False}
+    result = FlowSVI(linear_gaussian, guide, callbacks=[look, lambda evaluation: None], **options).run(X, Y)
+    assert result.stop_reason == "stopped by a callback at step 30"
+    assert not result.converged
+    assert [evaluation.step for evaluation, _ in seen] == [10, 20, 30]
+    assert [evaluation for evaluation, _ in seen] == list(result.evaluations[1:])
+    assert len({b for _, b in seen}) == 3
+
+
+def test_ctrl_c_returns_the_best_state_so_far():
+    def press(evaluation):
+        if evaluation.step == 200:
+            raise KeyboardInterrupt
+
+    guide = AutoNormal(linear_gaussian)
+    svi = FlowSVI(linear_gaussian, guide, learning_rate=0.02, callbacks=[press], seed=0, progress=False)
+    result = svi.run(X, Y)
+    assert result.stop_reason == "interrupted after step 200"
+    assert result.steps == 200
+    assert result.elbo > log_evidence(X, Y) - 3
+
+
+def test_an_error_on_the_way_leaves_the_best_state_in_the_guide():
+    def fail(evaluation):
+        if evaluation.step == 200:
+            raise OSError("disk full")
+
+    guide = AutoNormal(linear_gaussian)
+    guide(X, Y)
+    svi = FlowSVI(linear_gaussian, guide, learning_rate=0.02, callbacks=[fail], seed=0, progress=False)
+    with pytest.raises(OSError, match="disk full"):
+        svi.run(X, Y)
+    assert 1.0 < float(guide.locs.b.detach()) < 2.5
+
+
+def scaled(x, y):
+    """The same model of a minibatch."""
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    b = pyro.sample("b", dist.Normal(0.0, 2.0))
+    with pyro.plate("rows", len(X), len(x)):
+        pyro.sample("y", dist.Normal(a + b * x, 1.0), obs=y)
+
+
+@pytest.mark.parametrize("kind", ["tensors", "mappings"])
+def test_minibatches_as_arguments_give_the_posterior_of_all_data(kind):
+    batches = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), batch_size=5, shuffle=True)
+    if kind == "mappings":
+        batches = [{"x": x, "y": y} for x, y in batches]
+    guide = AutoNormal(scaled)
+    svi = FlowSVI(scaled, guide, learning_rate=0.02, max_steps=600, seed=0, progress=False, compile=False)
+    svi.run_batches(batches)
+    median = guide.median(X, Y)
+    # Precision 20 + 1/4 for a; sum of squares 7.37 + 1/4 for b.
+    assert abs(float(median["a"]) - 0.5 * 20 / 20.25) < 0.05
+    assert abs(float(median["b"]) - 2 * 7.37 / 7.62) < 0.1
+
+
+def test_a_last_batch_of_another_size_is_said_once_and_fitted():
+    batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16]), (X[16:], Y[16:])]
+    stop = [lambda evaluation: True]
+    svi = FlowSVI(scaled, AutoNormal(scaled), learning_rate=0.02, max_steps=1000, callbacks=stop, progress=False)
+    with pytest.warns(
+        UserWarning, match=r"data of new shapes, \[\(4,\), \(4,\)\]: the step is prepared again"
+    ) as record:
+        svi.run_batches(batches)
+    assert len(record) == 1
+
+
+def test_batches_that_can_be_had_only_once_are_refused():
+    svi = FlowSVI(scaled, AutoNormal(scaled), learning_rate=0.02, max_steps=10, progress=False)
+    with pytest.raises(ValueError, match="batches must give minibatches at each iteration over it"):
+        svi.run_batches((X, Y) for _ in range(2))
+
+
+def test_a_learning_rate_is_found_and_reported():
+    result = FlowSVI(linear_gaussian, AutoNormal(linear_gaussian), max_steps=300, seed=0, progress=False).run(X, Y)
+    assert 3 * result.learning_rate in (0.1, 0.03, 0.01, 0.003)
+    assert abs(result.elbo - log_evidence(X, Y)) < 0.05
 
 
 def test_a_model_without_parameters_anywhere_is_refused():

@@ -145,7 +145,9 @@ def test_without_a_compiler_the_graph_runs_as_recorded(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     guide = AutoNormal(eight_schools.noncentered)
-    with pytest.warns(UserWarning, match="the step runs recorded, not compiled: RuntimeError: no C\\+\\+ compiler .the compiler needs"):
+    with pytest.warns(
+        UserWarning, match="the step runs recorded, not compiled: RuntimeError: no C\\+\\+ compiler .the compiler needs"
+    ):
         result = FlowSVI(eight_schools.noncentered, guide, max_steps=20, progress=False, compile=True).run(
             *eight_schools.data()
         )
