@@ -1,9 +1,9 @@
 """Steps of a fit as a graph of tensor operations, free of Python, that a compiler can take.
 
 Pyro's effect handlers, the particles' `vmap`, the gradient and the optimiser are ordinary Python around tensor
-operations. Running a step once under `make_fx` records the operations alone. What a step reads of its inputs and of the
-parameters becomes an input of the graph; other tensors (data that a model holds, buffers) stay the tensors they are.
-Random operations stay in the graph, in their order: from one seed, its draws are those of the plain step.
+operations. Running a step once under `make_fx` records the operations alone. All tensors that a step reads become
+inputs of the graph: what it is given, the parameters, and those that a model holds, such as data and buffers. Random
+operations stay in the graph, in their order: from one seed, its draws are those of the plain step.
 """
 
 import logging
@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch._guards import TracingContext, tracing
+from torch._inductor import compile as inductor_compile
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -32,8 +36,8 @@ Step = Callable[[State, Tensor, Draws, Leaves], tuple[State, Tensor]]
 TOLERANCE, TOLERANCE_OF_ALL = 1e-3, 1e-5
 
 # Operations of a compiled graph: more steps in one call save calls, but take longer to compile.
-MAX_OPERATIONS_UNROLLED = 3000
-MAX_UNROLL = 10
+MAX_OPERATIONS_UNROLLED = 1500
+MAX_UNROLL = 2
 
 # What `pays_to_compile` assumes, measured on one core of an AMD EPYC. No clock decides: a seed gives the same run.
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION, SECONDS_SAVED_PER_OPERATION = 4.0, 0.012, 4e-6
@@ -101,7 +105,7 @@ class GraphSteps:
                 self._graph = make_fx(function)(*(tensor.clone() for tensor in inputs))
             except Exception as error:  # whatever the model raises where its tensors have no values
                 raise GraphError(first_line(error)) from error
-            _read_from_flat(self._graph, params)
+            self._held = _lift(self._graph, params)
         self.unroll = 1
         self._call: Callable[..., Leaves] = self._steps
 
@@ -134,11 +138,19 @@ class GraphSteps:
         }
         state, draws, leaves = self._example
         rates, draws = state.params.new_zeros(self.unroll), _repeated(draws, self.unroll)
-        inputs = (*state, rates, draws.noise, *draws.indices.values(), *leaves)
-        with self._rehearsal():
+        given = (*state, rates, draws.noise, *draws.indices.values(), *leaves)
+        inputs = [*(tensor.clone() for tensor in given), *self._held]
+        with self._rehearsal(), torch.no_grad():
             try:
-                graph = make_fx(self._steps)(*(tensor.clone() for tensor in inputs))
-                self._call = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
+                # The graph is complete, and its inputs keep their shapes: `torch.compile`, which would read it as
+                # Python and check at each call that nothing has changed, takes longer than a small step itself.
+                graph = make_fx(self._steps)(*inputs)
+                for node in graph.graph.nodes:
+                    node.meta.clear()  # stand-ins of the recorded tensors, which the compiler would mix with its own
+                # What the compiler keeps on disk for the next process, it looks up by the shapes in such a context.
+                context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
+                with tracing(context):
+                    self._call = inductor_compile(graph, inputs, options)
                 self(state, rates, draws, leaves)
             except Exception as error:  # the compiler's errors are of many kinds
                 self.unroll, self._call = 1, self._steps
@@ -182,7 +194,8 @@ class GraphSteps:
                 part = slice(start, start + self.unroll)
                 if on_gpu:
                     torch.compiler.cudagraph_mark_step_begin()
-                *new, value = call(*state, rates[part], *(tensor[part] for tensor in given), *leaves)
+                now = (rates[part], *(tensor[part] for tensor in given))
+                *new, value = call(*state, *now, *leaves, *self._held)
                 if on_gpu:  # the next call writes over the outputs of this one
                     new, value = [tensor.clone() for tensor in new], value.clone()
                 state = State(*new)
@@ -272,23 +285,36 @@ def _repeated(draws: Draws, num_steps: int) -> Draws:
     return Draws(noise, {name: torch.stack([rows] * num_steps) for name, rows in draws.indices.items()})
 
 
-def _read_from_flat(graph: GraphModule, params: Sequence[Tensor]) -> None:
-    """Let a graph read parameters from its first input, where they stand side by side."""
+def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:
+    """Make what a graph reads an input: parameters from the first, where they stand side by side, others one by one.
+
+    Returns:
+        The other tensors, inputs behind those that the graph has.
+    """
     nodes = graph.graph
     flat, *_, last_input = (node for node in nodes.nodes if node.op == "placeholder")
-    views, start = {}, 0
+    places: dict[int, Node] = {}
+    held: list[Tensor] = []
+    read = [(node, getattr(graph, str(node.target))) for node in nodes.nodes if node.op == "get_attr"]
+    known = {id(param) for param in params}
+    for _, tensor in read:
+        if id(tensor) not in known:
+            known.add(id(tensor))
+            with nodes.inserting_after(last_input):
+                last_input = places[id(tensor)] = nodes.placeholder(f"held_{len(held)}")
+            held.append(tensor)
+    end = 0
     for param in params:
-        end = start + param.numel()
+        start, end = end, end + param.numel()
         with nodes.inserting_after(last_input):
             part = nodes.call_function(torch.ops.aten.slice.Tensor, (flat, 0, start, end))
         with nodes.inserting_after(part):
-            views[id(param)] = nodes.call_function(torch.ops.aten.view.default, (part, list(param.shape)))
-        start = end
-    for node in nodes.nodes:
-        if node.op == "get_attr" and (view := views.get(id(getattr(graph, str(node.target))))) is not None:
-            node.replace_all_uses_with(view)
-            nodes.erase_node(node)
+            places[id(param)] = nodes.call_function(torch.ops.aten.view.default, (part, list(param.shape)))
+    for node, tensor in read:
+        node.replace_all_uses_with(places[id(tensor)])
+        nodes.erase_node(node)
     graph.recompile()
+    return tuple(held)
 
 
 def _size(tensor: Tensor) -> float:
