@@ -44,7 +44,10 @@ class FlowSVI:
     best such block, averaged over its steps, are kept, and a plateau starts the cool-down that ends the run.
 
     Where `torch.distributed` is initialised (`torchrun`), the processes share the draws of each step, or have
-    minibatches of their own, and average the gradient: their parameters stay equal.
+    minibatches of their own, and average the gradient: their parameters stay equal. All make the same calls, with the
+    same model, guide and options; the first one shows the progress bar, warns, and writes and reads the checkpoint, and
+    a callback that ends the run on one ends it on all. Where one process ends or hangs the others raise, at the latest
+    after the `timeout` of `init_process_group`.
 
     Args:
         model: A Pyro model.
@@ -132,7 +135,8 @@ class FlowSVI:
     def run(self, *args: Any, **kwargs: Any) -> FitResult:
         """Fit to the model's arguments, from the guide's present state, and leave the best state in the guide.
 
-        Ctrl-C ends the run and returns the best state until then.
+        Ctrl-C ends the run and returns the best state until then; with several processes it leaves that state in the
+        guide and is raised, as is the end of another process.
 
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
@@ -178,6 +182,10 @@ class FlowSVI:
         start = time.perf_counter()
         args, kwargs = next(data)
         params = self._params(args, kwargs)
+        ranks.part()
+        shapes = ranks.gather([tuple(param.shape) for param in params])
+        if any(other != shapes[0] for other in shapes):
+            raise ValueError(f"model and guide must be the same on all processes; got parameters of shapes {shapes}")
         flat = ranks.of_first(read(params))
         write(flat, params)
         adam = GuardedAdam(self.clip_norm, self.weight_decay)
@@ -210,8 +218,9 @@ class FlowSVI:
             fit = Progress.load(resume, flat)
         earlier = fit.seconds
         stop_reason = ""
+        hidden = not self.progress or ranks.index > 0
         try:
-            with tqdm(total=fit.schedule.last_step, disable=not self.progress, desc="FlowSVI") as bar:
+            with tqdm(total=fit.schedule.last_step, disable=hidden, desc="FlowSVI") as bar:
                 while fit.steps < fit.schedule.last_step and not stop_reason:
                     num_steps = min(self.eval_every, fit.schedule.last_step - fit.steps)
                     rates = fit.schedule.rates(fit.steps, num_steps, flat)
@@ -228,10 +237,12 @@ class FlowSVI:
                     write(fit.state.params, params)
                     stops = [callback(fit.evaluations[-1]) for callback in self.callbacks]
                     if fit.state.run_skipped >= _MAX_RUN_SKIPPED:
-                        stop_reason = self._blame(args, kwargs)
-                    elif any(stops):
+                        stop_reason = self._blame(ranks, args, kwargs)
+                    elif ranks.any(any(stops)):
                         stop_reason = f"stopped by a callback at step {fit.steps}"
         except KeyboardInterrupt:
+            if ranks.size > 1:  # the others are at another step, or run on
+                raise
             stop_reason = f"interrupted after step {fit.steps}"
         finally:
             write(fit.best[0], params)
@@ -309,7 +320,7 @@ class FlowSVI:
         variance = ranks.mean((values - mean).square().mean())
         return _evaluation(step, float(mean), float(variance), ranks.size * len(values))
 
-    def _blame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _blame(self, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which sites have no finite density."""
 
         def broken(particle: Particle) -> dict[str, Tensor]:
@@ -318,7 +329,9 @@ class FlowSVI:
             return {site["name"]: ~torch.as_tensor(site["log_prob_sum"]).isfinite() for site in sites}
 
         found = self.program.map_in_chunks(broken, self.num_particles, args, kwargs)
-        names = [name for name, flags in found.items() if bool(flags.any())] or ["the gradient alone"]
+        broken_here = [name for name, flags in found.items() if bool(flags.any())]
+        # A dictionary, for its order: each name once.
+        names = list(dict.fromkeys(itertools.chain(*ranks.gather(broken_here)))) or ["the gradient alone"]
         return (
             f"failed: {_MAX_RUN_SKIPPED} steps in a row had a non-finite loss or gradient; "
             f"sites without a finite density: {', '.join(names)}"
