@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.inference.optim import State
+from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
 
@@ -49,8 +50,14 @@ class Progress:
         if self.best_evaluation is evaluation:
             self.best = params
 
-    def save(self, path: Path) -> None:
-        """Write all of it, and the state of the random number generators, to a file that is whole or the old one."""
+    def save(self, path: Path, ranks: Ranks) -> None:
+        """Write all of it, and each process's random state, to a file that is whole or the old one.
+
+        Every process calls this; the first one writes.
+        """
+        random = ranks.gather(random_state())
+        if ranks.index > 0:
+            return
         content = {
             "state": self.state._asdict(),
             "schedule": self.schedule.state(),
@@ -58,32 +65,38 @@ class Progress:
             "evaluations": [tuple(evaluation) for evaluation in self.evaluations],
             "best": self.best,
             "seconds": self.seconds,
-            "random": random_state(),
+            "random": random,
         }
         partial = path.with_name(f"{path.name}.partial")
         torch.save(content, partial)
         os.replace(partial, path)
 
     @classmethod
-    def load(cls, path: Path, params: Tensor) -> "Progress":
-        """Read a file that `save` wrote, and set the random number generators as they were.
+    def load(cls, path: Path, params: Tensor, ranks: Ranks) -> "Progress":
+        """Read on the first process a file that `save` wrote; set each process's random state as it was.
 
         Raises:
-            ValueError: If it belongs to another number of parameters than `params` has.
+            ValueError: If it belongs to another number of parameters than `params` has, or to another number of
+                processes.
         """
-        content: dict[str, Any] = torch.load(path, map_location=params.device, weights_only=True)
-        state = State(**content["state"])
+        content: dict[str, Any] = ranks.from_first(lambda: torch.load(path, map_location="cpu", weights_only=True))
+        state = State(*(content["state"][name].to(params.device) for name in State._fields))
         if state.params.shape != params.shape:
             raise ValueError(
                 f"checkpoint {str(path)!r} holds {len(state.params)} parameters; model and guide have {len(params)}"
             )
-        set_random_state([tensor.cpu() for tensor in content["random"]])
+        if len(content["random"]) != ranks.size:
+            raise ValueError(
+                f"checkpoint {str(path)!r} is of {len(content['random'])} processes, each with its random state; "
+                f"there are {ranks.size}"
+            )
+        set_random_state(content["random"][ranks.index])
         return cls(
             state,
             PlateauSchedule.from_state(content["schedule"]),
-            content["history"],
+            [elbos.to(params.device) for elbos in content["history"]],
             [Evaluation(*evaluation) for evaluation in content["evaluations"]],
-            content["best"],
+            content["best"].to(params.device),
             content["seconds"],
         )
 

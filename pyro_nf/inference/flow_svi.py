@@ -161,9 +161,10 @@ class FlowSVI:
         """Go on with the run that wrote the checkpoint, to the result that it would have had, bit for bit.
 
         Raises:
-            ValueError: If there is no checkpoint, or one of other parameters; else as `run`.
+            ValueError: If there is no checkpoint, or one of other parameters or of another number of processes; else as
+                `run`.
         """
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None or not Ranks().from_first(self.checkpoint.exists):
             got = None if self.checkpoint is None else str(self.checkpoint)
             raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
@@ -215,7 +216,7 @@ class FlowSVI:
             write(flat, params)
             fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
         else:
-            fit = Progress.load(resume, flat)
+            fit = Progress.load(resume, flat, ranks)
         earlier = fit.seconds
         stop_reason = ""
         hidden = not self.progress or ranks.index > 0
@@ -229,8 +230,8 @@ class FlowSVI:
                     fit.observe(_of_steps(fit.steps, elbos), torch.stack([fit.state.average, fit.state.params]))
                     fit.schedule.observe(fit.evaluations)
                     fit.seconds = earlier + time.perf_counter() - start
-                    if self.checkpoint is not None and ranks.index == 0:
-                        fit.save(self.checkpoint)
+                    if self.checkpoint is not None:
+                        fit.save(self.checkpoint, ranks)
                     bar.total = fit.schedule.last_step
                     bar.update(fit.steps - bar.n)
                     bar.set_postfix_str(f"ELBO {fit.evaluations[-1].elbo:.3f}")
