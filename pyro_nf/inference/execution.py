@@ -3,13 +3,14 @@
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_nf.inference.graph import MIN_STEPS_TO_RECORD, GraphError, GraphSteps, Leaves, PlainSteps
+from pyro_nf.inference.graph import MIN_STEPS_TO_RECORD, GraphError, GraphSteps, Leaves, PlainSteps, Step
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.objectives import ELBO
@@ -18,6 +19,7 @@ from pyro_nf.tracing import Draws, Program, signature
 Steps = Callable[[State, Tensor, Draws], tuple[State, Tensor]]
 """`(state, learning rates, draws) -> (state, ELBOs)`, as many steps as there are rates."""
 
+_FORMS = ("plain", "recorded", "compiled")
 _ADVICE = {
     "plain": "usual causes are .item(), a Python `if` on a tensor, and shapes that depend on values: use torch.where "
     "and masks",
@@ -76,7 +78,9 @@ class Execution:
         values, spec = pytree.tree_flatten((args, kwargs))
         leaves = () if fixed else tuple(value for value in values if isinstance(value, Tensor))
         key = None if fixed else signature(args, kwargs)
-        if key not in self._known:
+        new = key not in self._known
+        # All processes prepare when one has to, for they choose the form together.
+        if new if fixed or self.mode is False else self.ranks.any(new):
 
             def arguments(leaves: Leaves) -> Any:
                 given = iter(leaves)
@@ -84,7 +88,7 @@ class Execution:
                 return pytree.tree_unflatten(filled, spec)
 
             start = time.perf_counter()
-            if self._known and self.mode is not False:
+            if new and self._known and self.mode is not False and self.ranks.index == 0:
                 warnings.warn(
                     f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
                     stacklevel=6,
@@ -111,7 +115,30 @@ class Execution:
         if self.mode == "auto" and self.num_steps < MIN_STEPS_TO_RECORD:
             self.reason = f"{self.num_steps} steps are too few for recording to pay"
             return plain
-        form: PlainSteps | GraphSteps = plain
+        self.program.structure(*arguments(leaves))  # a first run draws: here, as where steps are plain
+        # The processes must take the same form, for each rounds in its own way; none waits for another until all know.
+        with self.ranks.rehearsal():
+            forms, reason, failed = self._rehearse(plain, step, arguments, state, num_particles, leaves)
+        outcomes = self.ranks.gather((len(forms) - 1, reason, failed))
+        reached, self.reason, failed = min(outcomes, key=lambda outcome: outcome[0])
+        self.form = _FORMS[reached]
+        if failed and self.ranks.index == 0:
+            warnings.warn(
+                f"the step runs {self.form}, not compiled: {self.reason} ({_ADVICE[self.form]})", stacklevel=6
+            )
+        return forms[reached]
+
+    def _rehearse(
+        self,
+        plain: PlainSteps,
+        step: Step,
+        arguments: Callable[[Leaves], Any],
+        state: State,
+        num_particles: int,
+        leaves: Leaves,
+    ) -> tuple[list[PlainSteps | GraphSteps], str, bool]:
+        """Return the forms from plain on as far as it goes, why no further, and whether that is a failure."""
+        forms: list[PlainSteps | GraphSteps] = [plain]
         vectorized = self.program.vectorized
         try:
             with torch.random.fork_rng():  # a recorded fit has the draws of a plain one
@@ -120,16 +147,16 @@ class Execution:
             if not self.program.vectorized:
                 raise GraphError("the model cannot be batched over draws")
             graph.verify()
-            form, self.form = graph, "recorded"
+            forms.append(graph)
             if self.mode == "auto" and not graph.pays_to_compile(self.num_steps):
-                self.reason = f"compiling {graph.size} operations takes too long to pay within {self.num_steps} steps"
-                return form
-            graph.compile(self.block)
-            graph.verify()
-            self.form, self.reason = "compiled", ""
+                too_long = f"compiling {graph.size} operations takes too long to pay within {self.num_steps} steps"
+                return forms, too_long, False
+            compiled = copy(graph)
+            compiled.compile(self.block)
+            compiled.verify()
+            forms.append(compiled)
         except GraphError as error:
-            self.reason = str(error)
-            warnings.warn(f"the step runs {self.form}, not compiled: {error} ({_ADVICE[self.form]})", stacklevel=6)
+            return forms, str(error), True
         finally:
             self.program.vectorized = vectorized  # what recording could not batch, a plain step can
-        return form
+        return forms, "", False

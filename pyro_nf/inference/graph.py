@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyro_nf.inference.optim import State
+from pyro_nf.inference.ranks import Ranks
 from pyro_nf.tracing import Draws
 
 Leaves = tuple[Tensor, ...]
@@ -132,7 +133,8 @@ class GraphSteps:
         # most of the time goes into making tensors, which is fastest from C++, at once.
         options = {
             "fallback_random": True,
-            "triton.cudagraphs": on_gpu,
+            # A captured graph would repeat what the first calls did, and these share nothing with other processes.
+            "triton.cudagraphs": on_gpu and Ranks().size == 1,
             "cpp_wrapper": not on_gpu,
             "memory_planning": not on_gpu,
         }
