@@ -144,7 +144,7 @@ class GraphSteps:
         state, draws, leaves = self._example
         rates, draws = state.params.new_zeros(self.unroll), _repeated(draws, self.unroll)
         given = (*state, rates, draws.noise, *draws.indices.values(), *leaves)
-        inputs = [*(tensor.clone() for tensor in given), *self._held]
+        inputs = (*(tensor.clone() for tensor in given), *self._held)
         with self._rehearsal(), torch.no_grad():
             try:
                 # The graph is complete, and its inputs keep their shapes: `torch.compile`, which would read it as
@@ -155,7 +155,7 @@ class GraphSteps:
                 # What the compiler keeps on disk for the next process, it looks up by the shapes in such a context.
                 context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
                 with tracing(context):
-                    self._call = inductor_compile(graph, inputs, options)
+                    self._call = inductor_compile(graph, list(inputs), options)
                 self(state, rates, draws, leaves)
             except Exception as error:  # the compiler's errors are of many kinds
                 self.unroll, self._call = 1, self._steps

@@ -31,11 +31,10 @@ class State(NamedTuple):
 
     @staticmethod
     def start(params: Tensor) -> "State":
-        """Return the state before the first step."""
+        """Return the state before the first step: tensors of their own, for a graph tells its inputs apart by that."""
+        zeros = [params.new_zeros(()) for _ in range(4)]
         mean, square = torch.zeros_like(params), torch.zeros_like(params)
-        return State(
-            params, mean, square, *(params.new_zeros(()) for _ in range(3)), params.clone(), params.new_zeros(())
-        )
+        return State(params, mean, square, zeros[0], zeros[1], zeros[2], params.clone(), zeros[3])
 
     def restart_average(self) -> "State":
         """Let the average begin with the next step."""
