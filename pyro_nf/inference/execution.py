@@ -38,7 +38,7 @@ class Execution:
         params: The parameters.
         ranks: The processes that share the gradient.
         num_steps: How many steps may be taken.
-        block: A number of steps that will be asked for at once.
+        block: A number of steps that will be asked for at once, where data are fixed.
 
     Attributes:
         form: "plain", "recorded" or "compiled", of the latest data.
@@ -93,13 +93,13 @@ class Execution:
                     f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
                     stacklevel=6,
                 )
-            self._known[key] = self._prepare(arguments, state, num_particles, leaves)
+            self._known[key] = self._prepare(arguments, state, num_particles, leaves, self.block if fixed else 1)
             self.seconds += time.perf_counter() - start
         run = self._known[key]
         return lambda state, rates, draws: run(state, rates, draws, leaves)
 
     def _prepare(
-        self, arguments: Callable[[Leaves], Any], state: State, num_particles: int, leaves: Leaves
+        self, arguments: Callable[[Leaves], Any], state: State, num_particles: int, leaves: Leaves, block: int
     ) -> PlainSteps | GraphSteps:
         def step(state: State, learning_rate: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
             args, kwargs = arguments(leaves)
@@ -118,7 +118,7 @@ class Execution:
         self.program.structure(*arguments(leaves))  # a first run draws: here, as where steps are plain
         # The processes must take the same form, for each rounds in its own way; none waits for another until all know.
         with self.ranks.rehearsal():
-            forms, reason, failed = self._rehearse(plain, step, arguments, state, num_particles, leaves)
+            forms, reason, failed = self._rehearse(plain, step, arguments, state, num_particles, leaves, block)
         outcomes = self.ranks.gather((len(forms) - 1, reason, failed))
         reached, self.reason, failed = min(outcomes, key=lambda outcome: outcome[0])
         self.form = _FORMS[reached]
@@ -136,6 +136,7 @@ class Execution:
         state: State,
         num_particles: int,
         leaves: Leaves,
+        block: int,
     ) -> tuple[list[PlainSteps | GraphSteps], str, bool]:
         """Return the forms from plain on as far as it goes, why no further, and whether that is a failure."""
         forms: list[PlainSteps | GraphSteps] = [plain]
@@ -152,7 +153,7 @@ class Execution:
                 too_long = f"compiling {graph.size} operations takes too long to pay within {self.num_steps} steps"
                 return forms, too_long, False
             compiled = copy(graph)
-            compiled.compile(self.block)
+            compiled.compile(block)
             compiled.verify()
             forms.append(compiled)
         except GraphError as error:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
-from pyro_nf.inference.graph import read, write
+from pyro_nf.inference.graph import MAX_UNROLL, read, write
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
@@ -203,7 +203,8 @@ class FlowSVI:
             while rates.numel():
                 steps = execution.steps(state, particles, args, kwargs, fixed)
                 noise = max(1, particles * self.program.structure(args, kwargs).noise_dim)
-                now, rates = rates.tensor_split((max(1, _MAX_NOISE // noise) if fixed else 1,))
+                at_once = max(1, _MAX_NOISE // noise // MAX_UNROLL) * MAX_UNROLL if fixed else 1
+                now, rates = rates.tensor_split((at_once,))
                 state, elbos = steps(state, now, self.program.draw(particles, args, kwargs, len(now)))
                 values.append(elbos)
                 args, kwargs = next(data)
@@ -211,9 +212,11 @@ class FlowSVI:
 
         if resume is None:
             state = State.start(flat)
-            rate = self._find_rate(advance, state) if self.learning_rate is None else self.learning_rate
+            try:
+                rate = self._find_rate(advance, state) if self.learning_rate is None else self.learning_rate
+            finally:
+                write(flat, params)
             fit = Progress(state, PlateauSchedule(rate, self.max_steps))
-            write(flat, params)
             fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
         else:
             fit = Progress.load(resume, flat, ranks)

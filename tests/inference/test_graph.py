@@ -151,6 +151,16 @@ def test_without_a_compiler_the_graph_runs_as_recorded(monkeypatch):
     assert result.execution == "recorded"
 
 
+def test_steps_that_come_one_by_one_are_compiled_one_by_one(monkeypatch):
+    asked = []
+    monkeypatch.setattr(GraphSteps, "compile", lambda self, num_steps: asked.append(num_steps))
+    model, args = case("regression")
+    options = {"learning_rate": 0.01, "max_steps": 10, "progress": False, "compile": True, "num_particles": 4}
+    FlowSVI(model, AutoNormal(model), eval_every=5, **options).run_batches([args])
+    FlowSVI(model, AutoNormal(model), eval_every=5, **options).run(*args)
+    assert asked == [1, 5]
+
+
 def test_auto_records_only_where_it_pays():
     guide = AutoNormal(eight_schools.noncentered)
     svi = FlowSVI(eight_schools.noncentered, guide, max_steps=20, progress=False, compile="auto")
