@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._guards import TracingContext, tracing
 from torch._inductor import compile as inductor_compile
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -149,7 +150,9 @@ class GraphSteps:
             try:
                 # The graph is complete, and its inputs keep their shapes: `torch.compile`, which would read it as
                 # Python and check at each call that nothing has changed, takes longer than a small step itself.
-                graph = make_fx(self._steps)(*inputs)
+                steps = self._steps if on_gpu else self._steps_in_place
+                graph = make_fx(functionalize(steps, remove="mutations"))(*inputs)
+                _merge(graph)
                 for node in graph.graph.nodes:
                     node.meta.clear()  # stand-ins of the recorded tensors, which the compiler would mix with its own
                 # What the compiler keeps on disk for the next process, it looks up by the shapes in such a context.
@@ -192,6 +195,8 @@ class GraphSteps:
         given = (draws.noise, *draws.indices.values())
         whole = len(rates) // self.unroll * self.unroll
         on_gpu = self._params[0].is_cuda
+        # A compiled call writes over the state that it is given.
+        state = State(*(tensor.clone() for tensor in state))
         with torch.no_grad():  # gradients are operations of the graph
             for start in range(0, len(rates), self.unroll):
                 # What is left over by whole calls runs as recorded.
@@ -217,6 +222,11 @@ class GraphSteps:
             state = tuple(new)
             values.append(value)
         return *state, torch.stack(values)
+
+    def _steps_in_place(self, *inputs: Tensor) -> Leaves:
+        """Take the steps of one call, writing the new state over the old: no memory is asked for and freed again."""
+        state, (*new, values) = inputs[: len(State._fields)], self._steps(*inputs)
+        return *(old.copy_(value) for old, value in zip(state, new, strict=True)), values
 
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
@@ -320,6 +330,20 @@ def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:
         nodes.erase_node(node)
     graph.recompile()
     return tuple(held)
+
+
+def _merge(graph: GraphModule) -> None:
+    """Do once what a graph without mutations does twice, as the model and the guide gather the rows of a minibatch."""
+    known: dict[Any, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+            arguments, _ = pytree.tree_flatten((node.target, node.args, node.kwargs))
+            key = tuple((type(value), value) for value in arguments)
+            if first := known.get(key):
+                node.replace_all_uses_with(first)
+                graph.graph.erase_node(node)
+            else:
+                known[key] = node
 
 
 def _size(tensor: Tensor) -> float:
