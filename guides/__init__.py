@@ -2,5 +2,6 @@
 
 from pyro_nf.guides.amortized import AmortizedFlow
 from pyro_nf.guides.auto_flow import AutoFlow
+from pyro_nf.guides.mixture import MixtureBase
 
-__all__ = ["AmortizedFlow", "AutoFlow"]
+__all__ = ["AmortizedFlow", "AutoFlow", "MixtureBase"]

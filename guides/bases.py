@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pyro_nf.flows.numerics import positive
+from pyro_nf.guides.mixture import MixtureBase
 
 # Below two degrees of freedom a Student-t has no variance, and the ELBO's gradient none either.
 _MIN_DF = 2.0
@@ -51,18 +52,25 @@ class StudentTBase(nn.Module):
         return dist.StudentT(df, zeros, torch.ones_like(df)).to_event(1)
 
 
-_BASES: dict[str, Callable[[int], nn.Module]] = {"normal": NormalBase, "student_t": StudentTBase}
+BaseLike = str | Callable[[int], nn.Module]
+
+_BASES: dict[str, Callable[[int], nn.Module]] = {
+    "normal": NormalBase,
+    "student_t": StudentTBase,
+    "mixture": MixtureBase,
+}
 
 
-def check_base(name: str) -> None:
-    """Raise a `ValueError` unless there is a base of this name; the nearest ones are offered."""
-    if name not in _BASES:
-        near = difflib.get_close_matches(str(name), _BASES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"base must be one of {', '.join(_BASES)}; got {name!r}{hint}")
+def check_base(base: BaseLike) -> None:
+    """Raise a `ValueError` unless this names a base, the nearest ones offered, or makes one."""
+    if callable(base) or base in _BASES:
+        return
+    near = difflib.get_close_matches(str(base), _BASES, n=1, cutoff=0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"base must be one of {', '.join(_BASES)}, or a factory dim -> module; got {base!r}{hint}")
 
 
-def make_base(name: str, dim: int) -> nn.Module:
-    """Build a named base over `dim` coordinates."""
-    check_base(name)
-    return _BASES[name](dim)
+def make_base(base: BaseLike, dim: int) -> nn.Module:
+    """Build a base over `dim` coordinates, from its name or its factory."""
+    check_base(base)
+    return _BASES[base](dim) if isinstance(base, str) else base(dim)

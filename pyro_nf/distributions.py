@@ -80,6 +80,12 @@ class FlowDistribution(TorchDistribution):
         y, log_det = self.flow.forward_and_log_det(x, self.context)
         return y, self.base.log_prob(x) - log_det
 
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Return draws `(*sample_shape, *batch, *event)` without gradients."""
+        x = self.base.sample(torch.Size(sample_shape))
+        return self.flow.forward_and_log_det(x, self.context)[0]
+
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         """Return draws `(*sample_shape, *batch, *event)` with gradients to the parameters."""
         x = self.base.rsample(torch.Size(sample_shape))

@@ -1,13 +1,28 @@
 """Objectives of variational inference, for our loop and for Pyro's."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pyro.infer
 import torch
+from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.tracing import Draws, Particle, Program, log_prob_sum
+from pyro_nf.tracing import (
+    Draws,
+    Particle,
+    Program,
+    local_log_prob,
+    local_plate,
+    log_prob_sum,
+    score_sites,
+    subsample_scale,
+)
+
+# Where log p - log q scatters by less than this over draws, in nats, the guide is near: there the path derivative has
+# the lower variance. Far away it has none, and is the dearer one.
+_NEAR = 2.0
 
 
 class ELBO(pyro.infer.ELBO):
@@ -17,15 +32,24 @@ class ELBO(pyro.infer.ELBO):
     of the gradient: what remains is the path derivative, and is exactly zero for every draw once q = p. It costs a
     second scoring of the guide, for flows an inverse: cheap for couplings, `dim` passes for an autoregressive flow.
 
+    Draws of the guide that carry no gradient, such as a mixture's component, enter by the score function, with the mean
+    of the other draws' terms as its baseline.
+
     Args:
         num_particles: Draws a step, where Pyro's SVI drives; `FlowSVI` sets its own number.
-        sticking_the_landing: Whether to leave the score out of the gradient.
+        sticking_the_landing: Whether to leave the score out of the gradient. "auto" does in `FlowSVI` from the block of
+            steps on whose draws scatter by less than 2 nats; in Pyro's SVI, which has no blocks, always.
+        annealing_steps: For so many steps, maximise `E_q[beta log p(x, z) - log q(z)]` with `beta = min(1, 0.01 +
+            step / annealing_steps)` instead: draws spread over modes that they would else not leave. What is reported
+            is the ELBO itself.
 
     Raises:
-        ValueError: If `num_particles` is not a positive whole number.
+        ValueError: If a number is not a positive whole number (`annealing_steps`: or 0).
 
     References:
-        Roeder, Wu, Duvenaud (2017), "Sticking the landing", arXiv:1703.09194, equation 8.
+        Roeder, Wu, Duvenaud (2017), "Sticking the landing", arXiv:1703.09194, equation 8. Rezende, Mohamed (2015),
+        "Variational inference with normalizing flows", arXiv:1505.05770, equation 20 (annealing). Kool, van Hoof,
+        Welling (2019), "Buy 4 REINFORCE samples, get a baseline for free", equation 8.
 
     Example:
         >>> import pyro
@@ -40,12 +64,41 @@ class ELBO(pyro.infer.ELBO):
         True
     """
 
-    def __init__(self, num_particles: int = 256, sticking_the_landing: bool = True) -> None:
+    def __init__(
+        self,
+        num_particles: int = 256,
+        sticking_the_landing: bool | Literal["auto"] = True,
+        annealing_steps: int = 0,
+    ) -> None:
         if not isinstance(num_particles, int) or num_particles < 1:
             raise ValueError(f"num_particles must be a positive whole number; got {num_particles!r}")
+        if not isinstance(annealing_steps, int) or annealing_steps < 0:
+            raise ValueError(f"annealing_steps must be a whole number, not negative; got {annealing_steps!r}")
+        if sticking_the_landing not in (True, False, "auto"):
+            raise ValueError(f"sticking_the_landing must be True, False or 'auto'; got {sticking_the_landing!r}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
-        self.sticking_the_landing = sticking_the_landing
+        self.sticking_the_landing, self.annealing_steps = sticking_the_landing, annealing_steps
+        self.path_gradient = bool(sticking_the_landing)
+        self._temperature: Tensor | None = None
         self._program: Program | None = None
+        self._step = 0
+
+    def start_block(self, step: int, scatter: float, like: Tensor) -> None:
+        """Get ready for the steps from `step` on.
+
+        Args:
+            step: Steps taken.
+            scatter: Standard deviation of `log p - log q` over the draws of the latest steps, infinity at first.
+            like: A tensor of the parameters' dtype and device.
+        """
+        if self.sticking_the_landing == "auto":
+            self.path_gradient = (self.path_gradient and step > 0) or scatter < _NEAR
+        if self.annealing_steps:
+            value = min(1.0, 0.01 + step / self.annealing_steps)
+            # One tensor, filled anew: a recorded step reads it.
+            if self._temperature is None:
+                self._temperature = like.new_empty(())
+            self._temperature.fill_(value)
 
     def estimate(
         self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -54,35 +107,128 @@ class ELBO(pyro.infer.ELBO):
 
         def terms(particle: Particle) -> dict[str, Tensor]:
             log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            elbo = (log_p - log_q).detach()
+            if self._temperature is not None:
+                log_p = self._temperature * log_p
             surrogate = log_p - log_q
-            if self.sticking_the_landing:
+            if self.path_gradient:
                 # log_q's gradient is the path derivative plus the score; the score goes out again.
-                surrogate = surrogate + program.score(particle, args, kwargs)
-            return {"elbo": (log_p - log_q).detach(), "surrogate": surrogate}
+                surrogate = surrogate + log_prob_sum(program.rescored(particle, args, kwargs))
+            names = score_sites(particle.guide)
+            score = {"score": _unscaled_sum(particle.guide, names), "value": (log_p - log_q).detach()} if names else {}
+            return {"elbo": elbo, "surrogate": surrogate, **score}
 
         result = program.map(terms, draws, args, kwargs)
-        return result["elbo"].mean(), result["surrogate"].mean()
+        surrogate = result["surrogate"]
+        if "score" in result:
+            surrogate = surrogate + _above_the_others(result["value"]) * result["score"]
+        return result["elbo"].mean(), surrogate.mean()
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Return minus the ELBO, with the estimator's gradient."""
+        """Return minus the objective, with the estimator's gradient."""
         if self._program is None or (self._program.model, self._program.guide) != (model, guide):
             self._program = Program(model, guide)
         draws = self._program.draw(self.num_particles, args, kwargs)
-        elbo, surrogate = self.estimate(self._program, draws, args, kwargs)
-        return surrogate.detach() - surrogate - elbo
+        self.start_block(self._step, 0.0, draws.noise)
+        value, surrogate = self.estimate(self._program, draws, args, kwargs)
+        return surrogate.detach() - surrogate - value
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Return minus the ELBO as a number."""
+        """Return minus the objective as a number."""
         with torch.no_grad():
             return float(self.differentiable_loss(model, guide, *args, **kwargs))
 
     def loss_and_grads(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
-        """Add the gradient of minus the ELBO to the parameters' `grad`, and return minus the ELBO."""
+        """Add the gradient of minus the objective to the parameters' `grad`, and return minus the objective."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         loss.backward()  # type: ignore[no-untyped-call]
+        self._step += 1
         return float(loss.detach())
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
-        raise NotImplementedError("this ELBO works on batched draws, not on single traces")
+        raise NotImplementedError("this objective works on batched draws, not on single traces")
+
+
+class IWELBO(ELBO):
+    r"""Importance-weighted bound, `E[log mean_k w_k]` over K draws, `w = p(x, z) / q(z)`: tighter than the ELBO.
+
+    The gradient is doubly reparametrised: to the guide `sum_k v_k^2 d log w_k / dz dz / dphi`, v the weights divided by
+    their sum; to the model's parameters `sum_k v_k d log p / dtheta`. Its signal does not fade as K grows.
+
+    Where all sites stand in one plate, as in a variational autoencoder, each datum has weights of its own, and the
+    bound is the sum over data, scaled up from a minibatch. Else a draw has one weight, and nothing may be subsampled.
+
+    Args:
+        num_importance_samples: K.
+        num_particles: Draws a step, a multiple of K, where Pyro's SVI drives; `FlowSVI` sets its own number.
+
+    Raises:
+        ValueError: If a number is not positive; at the first step, if the number of draws is not a multiple of K, if
+            the guide has draws without gradient, or if a plate is subsampled that does not hold all sites.
+
+    References:
+        Burda, Grosse, Salakhutdinov (2015), arXiv:1509.00519, equation 8. Tucker, Lawson, Gu, Maddison (2019), "Doubly
+        reparameterized gradient estimators for Monte Carlo objectives", arXiv:1810.04152, equation 8.
+    """
+
+    def __init__(self, num_importance_samples: int = 16, num_particles: int = 256) -> None:
+        if not isinstance(num_importance_samples, int) or num_importance_samples < 1:
+            raise ValueError(f"num_importance_samples must be a positive whole number; got {num_importance_samples!r}")
+        super().__init__(num_particles=num_particles)
+        self.num_importance_samples = num_importance_samples
+
+    def estimate(
+        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the bound's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
+        num_draws, size = len(draws.noise), self.num_importance_samples
+        if num_draws % size:
+            raise ValueError(f"num_particles must be a multiple of num_importance_samples={size}; got {num_draws}")
+        structure = program.structure(args, kwargs)
+        if names := score_sites(structure.particle.guide):
+            raise ValueError(f"IWELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient")
+        plate = local_plate(structure.particle)
+        if plate is None and structure.subsamples:
+            name = next(iter(structure.subsamples))
+            raise ValueError(
+                f"IWELBO weighs draws by all the data: plate {name!r} may be subsampled only if every site stands in it"
+            )
+        scale = 1.0 if plate is None else subsample_scale(plate)
+        has_parameters = any(_is_trained(site) for site in structure.particle.model.nodes.values())
+
+        def log_prob(trace: poutine.Trace) -> Tensor:
+            return log_prob_sum(trace) if plate is None else local_log_prob(trace)
+
+        def terms(particle: Particle) -> dict[str, Tensor]:
+            log_w = log_prob(particle.model) - log_prob(particle.guide)
+            path = log_w + log_prob(program.rescored(particle, args, kwargs))
+            own = {"own": log_prob(program.remodelled(particle, args, kwargs))} if has_parameters else {}
+            return {"log_w": log_w.detach(), "path": path, **own}
+
+        result = {
+            name: value.unflatten(0, (num_draws // size, size))
+            for name, value in program.map(terms, draws, args, kwargs).items()
+        }
+        share = result["log_w"].softmax(1)
+        surrogate = share.square() * result["path"]
+        if has_parameters:  # whose gradient through `path` bears the squares of the shares
+            surrogate = surrogate + (share - share.square()) * result["own"]
+        bound = result["log_w"].logsumexp(1) - math.log(size)
+        return scale * bound.mean(0).sum(), scale * surrogate.sum(1).mean(0).sum()
+
+
+def _above_the_others(values: Tensor) -> Tensor:
+    """Each value less the mean of the others; a single one, less nothing."""
+    if len(values) == 1:
+        return values
+    return (len(values) * values - values.sum()) / (len(values) - 1)
+
+
+def _unscaled_sum(trace: poutine.Trace, names: list[str]) -> Tensor:
+    return torch.stack([trace.nodes[name]["unscaled_log_prob"].sum() for name in names]).sum()
+
+
+def _is_trained(site: dict[str, Any]) -> bool:
+    return bool(site["type"] == "param" and site["value"].requires_grad)

@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 _IN_PLACE_DRAWS = {
     getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
 }
+# Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
+_MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
 _NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
 
 
@@ -162,36 +164,35 @@ class Program:
         num_particles: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        chunk_size: int = 1000,
     ) -> dict[str, Tensor]:
-        """`map` without gradients, in bounded memory: at most `chunk_size` draws at once."""
+        """`map` without gradients, in bounded memory: as many draws at once as make some millions of numbers."""
+        sites = self.structure(args, kwargs).particle.model.nodes.values()
+        numbers = sum(site["value"].numel() for site in sites if is_latent(site) or is_data(site))
+        chunk_size = max(1, min(_MAX_CHUNK, _MAX_NUMBERS // max(numbers, 1)))
         sizes = [min(chunk_size, num_particles - start) for start in range(0, num_particles, chunk_size)]
         with torch.no_grad():
             parts = [self.map(extract, self.draw(size, args, kwargs), args, kwargs) for size in sizes]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def score(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        r"""Return `log q(z; phi)` at the particle's draw held fixed: its gradient is the score, d log q / d phi."""
-        fixed = particle.guide.copy()
+    def rescored(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+        r"""Run the guide on the particle's draw held fixed: its density's gradient is the score, d log q / d phi."""
+        fixed = _detached(particle.guide)
         for name, site in particle.guide.nodes.items():
-            if site["type"] == "sample":
-                if isinstance(site["fn"], dist.Delta):
-                    # A deterministic function of the draw: recomputed, for a rounding difference would cost -inf.
-                    fixed.remove_node(name)
-                else:
-                    fixed.nodes[name] = {**site, "value": site["value"].detach()}
-        return log_prob_sum(poutine.trace(poutine.replay(self.guide, trace=fixed)).get_trace(*args, **kwargs))
+            if site["type"] == "sample" and isinstance(site["fn"], dist.Delta):
+                # A deterministic function of the draw: recomputed, for a rounding difference would cost -inf.
+                fixed.remove_node(name)
+        return poutine.trace(poutine.replay(self.guide, trace=fixed)).get_trace(*args, **kwargs)
+
+    def remodelled(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+        """Run the model on the particle's draw held fixed: the gradient is to the model's own parameters alone."""
+        return run_model(self.model, _detached(particle.guide), args, kwargs)
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], noise: AbstractContextManager[Any] | None = None
     ) -> Particle:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(*args, **kwargs)
-        for site in model_trace.nodes.values():
-            if is_data(site) and isinstance(site["mask"], Tensor):
-                site["value"] = _without_masked_nan(site["value"], site["mask"], site["fn"])
-        return Particle(guide_trace, model_trace)
+        return Particle(guide_trace, run_model(self.model, guide_trace, args, kwargs))
 
 
 class CountedNoise(TorchFunctionMode):
@@ -284,6 +285,17 @@ class SharedSubsamples(Messenger):
             msg["done"] = True
 
 
+def run_model(
+    model: Callable[..., Any], latents: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> poutine.Trace:
+    """Run a model on the latents of a trace; return its trace."""
+    trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs)
+    for site in trace.nodes.values():
+        if is_data(site) and isinstance(site["mask"], Tensor):
+            site["value"] = _without_masked_nan(site["value"], site["mask"], site["fn"])
+    return trace
+
+
 def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
     """Return what a model's structure may depend on: the shapes of tensors, and other values that can be compared."""
 
@@ -305,6 +317,35 @@ def log_prob_sum(trace: poutine.Trace) -> Tensor:
     return torch.as_tensor(trace.log_prob_sum())
 
 
+def local_plate(particle: Particle) -> Any:
+    """The frame of the one plate in which every site of the model stands, or `None`."""
+    sites = [site for site in particle.model.nodes.values() if is_latent(site) or is_data(site)]
+    frames = {site["cond_indep_stack"] for site in sites}
+    return frames.pop()[0] if len(frames) == 1 and all(len(site["cond_indep_stack"]) == 1 for site in sites) else None
+
+
+def local_log_prob(trace: poutine.Trace) -> Tensor:
+    """Return a trace's log density for each element of its one plate, `(size,)`, without a subsample's scale."""
+    trace.compute_log_prob()
+    total = torch.zeros(())
+    for site in trace.nodes.values():
+        if is_latent(site) or is_data(site):
+            (frame,) = site["cond_indep_stack"]
+            # One plate: one entry a datum, wherever its dimension is.
+            total = total + site["log_prob"].reshape(-1) / subsample_scale(frame)
+    return total
+
+
+def subsample_scale(frame: Any) -> float:
+    """By how much Pyro scales up what stands in a plate: 1 unless it is subsampled."""
+    return 1.0 if frame.full_size is None else frame.full_size / frame.size
+
+
+def score_sites(trace: poutine.Trace) -> list[str]:
+    """Names of a guide's sites whose draws carry no gradient, as of a discrete variable."""
+    return [name for name, site in trace.nodes.items() if is_latent(site) and not site["fn"].has_rsample]
+
+
 def is_data(site: dict[str, Any]) -> bool:
     """Whether a site of a trace is observed data (not a deterministic, which Pyro also marks as observed)."""
     return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
@@ -313,6 +354,14 @@ def is_data(site: dict[str, Any]) -> bool:
 def is_latent(site: dict[str, Any]) -> bool:
     """Whether a site of a trace is a latent variable (not the indices of a subsampled plate)."""
     return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
+
+
+def _detached(trace: poutine.Trace) -> poutine.Trace:
+    fixed = trace.copy()
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample":
+            fixed.nodes[name] = {**site, "value": site["value"].detach()}
+    return fixed
 
 
 def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
@@ -363,12 +412,6 @@ def _inspect(particle: Particle) -> dict[str, tuple[int, int]]:
                 raise ValueError(f"the guide has no site for the model's latent {name!r}; it must sample every latent")
         elif is_data(site):
             _check_data(name, site)
-    for name, site in particle.guide.nodes.items():
-        if is_latent(site) and not site["fn"].has_rsample:
-            raise ValueError(
-                f"the guide's site {name!r} ({type(site['fn']).__name__}) has no reparametrised draws; "
-                "use pyro.infer.TraceGraph_ELBO with Pyro's SVI"
-            )
     for trace in particle:
         for name, site in trace.nodes.items():
             fn = site.get("fn")

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -5,8 +7,11 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_feasible
 
-from pyro_nf.guides import AutoFlow
-from pyro_nf.objectives import ELBO
+from pyro_nf.flows import ElementwiseAffine
+from pyro_nf.guides import AmortizedFlow, AutoFlow, MixtureBase
+from pyro_nf.inference import FlowSVI
+from pyro_nf.objectives import ELBO, IWELBO
+from pyro_nf.tracing import Program
 
 COV = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
 
@@ -27,14 +32,7 @@ def exact_flow(float64):
     """A flow guide that is exactly the posterior: the identity under the right affine layer."""
     guide = AutoFlow(gaussian, "realnvp")
     guide()
-    chol = torch.linalg.cholesky(COV)
-    scale = chol.diagonal()
-    affine = guide.flow.flows[-1]
-    raw = scale.log() / (1 - (scale.log() / 30).abs())
-    with torch.no_grad():
-        affine.params.loc.copy_(torch.tensor([1.0, -2.0]))
-        affine.params.log_scale.copy_(raw)
-        affine.params.tril.copy_((chol / scale[:, None])[1, :1])
+    guide.flow.flows[-1].assign(torch.tensor([1.0, -2.0]), torch.linalg.cholesky(COV))
     return guide
 
 
@@ -90,6 +88,196 @@ def test_it_drives_pyros_svi():
     losses = [svi.step() for _ in range(250)]
     assert sum(losses[-10:]) / 10 < 0.02
     assert isinstance(svi.evaluate_loss(), float)
+
+
+# Gradients against quadrature: one latent on a grid, and a parameter of the model.
+
+GRID = torch.linspace(-12.0, 12.0, 1201, dtype=torch.float64)
+
+
+def skewed():
+    loc = pyro.param("loc", torch.tensor(0.3, dtype=torch.float64))
+    z = pyro.sample("z", dist.Normal(loc, 1.5))
+    pyro.sample("y", dist.StudentT(3.0, z + 0.3 * z**2, 1.0), obs=torch.tensor(2.0, dtype=torch.float64))
+
+
+def log_joint(z):
+    log_prior = dist.Normal(pyro.param("loc"), 1.5).log_prob(z)
+    return log_prior + dist.StudentT(3.0, z + 0.3 * z**2, 1.0).log_prob(torch.tensor(2.0, dtype=torch.float64))
+
+
+def flow_guide(base):
+    pyro.clear_param_store()
+    pyro.set_rng_seed(1)
+    guide = AutoFlow(skewed, partial(ElementwiseAffine, scale=1.3), base=base, init_scale=0.8)
+    guide()
+    return guide
+
+
+def gradients(value, guide):
+    params = [*guide.parameters(), pyro.param("loc").unconstrained()]
+    grads = torch.autograd.grad(value, params, allow_unused=True, materialize_grads=True)
+    return torch.cat([grad.reshape(-1) for grad in grads])
+
+
+def estimated(objective, guide, repeats=30, num_draws=2000):
+    program = Program(skewed, guide)
+    grads = []
+    for _ in range(repeats):
+        _, surrogate = objective.estimate(program, program.draw(num_draws, (), {}), (), {})
+        grads.append(gradients(surrogate, guide))
+    stacked = torch.stack(grads)
+    return stacked.mean(0), stacked.std(0) / repeats**0.5
+
+
+def on_the_grid(guide):
+    log_q = guide.get_posterior().log_prob(GRID[:, None])
+    return log_q, log_joint(GRID) - log_q, float(GRID[1] - GRID[0])
+
+
+@pytest.mark.parametrize("sticking", [True, False])
+@pytest.mark.parametrize("base", ["normal", partial(MixtureBase, num_components=2)], ids=["normal", "mixture"])
+def test_the_gradient_of_the_elbo_is_quadratures(base, sticking, float64):
+    guide = flow_guide(base)
+    log_q, log_w, width = on_the_grid(guide)
+    exact = gradients((log_q.exp() * log_w).sum() * width, guide)
+    mean, error = estimated(ELBO(sticking_the_landing=sticking), guide)
+    assert ((mean - exact).abs() < 4.5 * error + 1e-8).all()
+    assert (exact[:2].abs() > 10 * error[:2]).any()  # of the weights or locations: the test could fail
+
+
+def test_the_gradient_of_the_importance_weighted_bound_is_quadratures(float64):
+    guide = flow_guide("normal")
+    log_q, log_w, width = on_the_grid(guide)
+    pairs = log_q[:, None] + log_q
+    bound = torch.logaddexp(log_w[:, None], log_w) - torch.tensor(2.0).log()
+    exact = gradients((pairs.exp() * bound).sum() * width**2, guide)
+    mean, error = estimated(IWELBO(2), guide)
+    assert ((mean - exact).abs() < 4.5 * error + 1e-8).all()
+    program = Program(skewed, guide)
+    value, _ = IWELBO(2).estimate(program, program.draw(20_000, (), {}), (), {})
+    assert float(value) == pytest.approx(((pairs.exp() * bound).sum() * width**2).item(), abs=0.05)
+
+
+def test_a_mixture_at_the_posterior_has_no_gradient(float64):
+    locs = torch.tensor([[-4.0], [4.0]])
+
+    def target():
+        pyro.sample("z", dist.MixtureOfDiagNormals(locs, torch.ones(2, 1), torch.tensor([0.25, 0.75]).log()))
+
+    guide = AutoFlow(target, partial(ElementwiseAffine), base=partial(MixtureBase, num_components=2), init_scale=1.0)
+    guide()
+    with torch.no_grad():
+        guide.flow.flows[-1].assign(torch.zeros(1), torch.eye(1))
+        guide.base.logits.copy_(torch.tensor([0.25, 0.75]).log())
+        for loc, component in zip(locs, guide.base.components, strict=True):
+            component.assign(loc, torch.eye(1))
+    ELBO(num_particles=64).differentiable_loss(target, guide).backward()
+    assert torch.cat([p.grad.reshape(-1) for p in guide.parameters() if p.grad is not None]).norm() < 1e-10
+
+
+ROWS = torch.linspace(-2.0, 2.0, 12)
+
+
+def local(batch_size=None):
+    with pyro.plate("rows", len(ROWS), subsample_size=batch_size) as rows:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=ROWS[rows])
+
+
+class Known(torch.nn.Module):
+    def forward(self, batch_size=None):
+        return ROWS[:, None]
+
+
+def test_each_datum_of_a_local_model_has_weights_of_its_own():
+    guide = AmortizedFlow(local, Known())
+    program = Program(local, guide)
+    evidence = float(dist.Normal(0.0, 2.0**0.5).log_prob(ROWS).sum())
+    value, _ = IWELBO(500).estimate(program, program.draw(5000, (), {}), (), {})
+    # The weights of all the data together would leave more than a nat with as many draws.
+    assert float(value) == pytest.approx(evidence, abs=0.1)
+
+
+def test_the_bound_of_minibatches_is_scaled_up():
+    def model(x, batch_size=None):
+        with pyro.plate("rows", len(x), subsample_size=batch_size) as rows:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=x[rows])
+
+    data = torch.ones(12)  # all alike: any minibatch gives the whole
+
+    class Rows(torch.nn.Module):
+        def forward(self, x):
+            return x[:, None]
+
+    guide = AmortizedFlow(model, Rows())
+    values = []
+    for size in (12, 3):
+        program = Program(model, guide)
+        kwargs = {"batch_size": size}
+        values.append(float(IWELBO(200).estimate(program, program.draw(4000, (data,), kwargs), (data,), kwargs)[0]))
+    assert values[0] == pytest.approx(values[1], abs=0.15)
+
+
+def test_what_an_importance_weighted_bound_cannot_take_is_said():
+    guide = AutoFlow(gaussian, base="mixture")
+    with pytest.raises(ValueError, match=r"IWELBO takes guides with reparametrised draws; those of .*_component"):
+        IWELBO(16, 32).differentiable_loss(gaussian, guide)
+    with pytest.raises(ValueError, match="num_particles must be a multiple of num_importance_samples=16; got 20"):
+        IWELBO(16, 20).differentiable_loss(gaussian, AutoFlow(gaussian))
+    with pytest.raises(ValueError, match="num_importance_samples must be a positive whole number; got 0"):
+        IWELBO(0)
+
+    def model():
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", len(ROWS), subsample_size=3) as rows:
+            pyro.sample("y", dist.Normal(w, 1.0), obs=ROWS[rows])
+
+    with pytest.raises(ValueError, match="plate 'rows' may be subsampled only if every site stands in it"):
+        IWELBO(16, 32).differentiable_loss(model, AutoFlow(model))
+
+
+def test_annealing_scales_the_density_and_reports_the_elbo(float64):
+    guide = flow_guide("normal")
+    objective = ELBO(annealing_steps=100)
+    for step, temperature in ((0, 0.01), (50, 0.51), (100, 1.0)):
+        objective.start_block(step, 0.0, GRID)
+        log_q, log_w, width = on_the_grid(guide)
+        exact = gradients((log_q.exp() * (temperature * log_joint(GRID) - log_q)).sum() * width, guide)
+        mean, error = estimated(objective, guide)
+        assert ((mean - exact).abs() < 4.5 * error + 1e-8).all()
+    objective.start_block(0, 0.0, GRID)
+    program = Program(skewed, guide)
+    value, _ = objective.estimate(program, program.draw(20_000, (), {}), (), {})
+    assert float(value) == pytest.approx(((log_q.exp() * log_w).sum() * width).item(), abs=0.05)
+
+
+def test_the_path_gradient_takes_over_near_the_posterior():
+    guide = AutoFlow(gaussian, init_scale=1.0)
+    objective = ELBO(sticking_the_landing="auto")
+    options = {"seed": 0, "progress": False, "max_steps": 400, "learning_rate": 0.02, "eval_every": 20}
+    result = FlowSVI(gaussian, guide, objective=objective, **options).run()
+    assert result.path_gradient
+    objective.start_block(0, 3.0, torch.zeros(1))
+    assert not objective.path_gradient
+    objective.start_block(20, 1.0, torch.zeros(1))
+    assert objective.path_gradient
+
+
+def test_an_annealed_fit_goes_on_after_the_annealing():
+    guide = AutoFlow(gaussian)
+    objective = ELBO(annealing_steps=300)
+    result = FlowSVI(gaussian, guide, objective=objective, seed=0, progress=False, learning_rate=0.02).run()
+    assert result.steps > 300
+    assert abs(result.elbo) < 0.01
+
+
+def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="annealing_steps must be a whole number, not negative; got -1"):
+        ELBO(annealing_steps=-1)
+    with pytest.raises(ValueError, match="sticking_the_landing must be True, False or 'auto'; got 'never'"):
+        ELBO(sticking_the_landing="never")
 
 
 def test_bad_number_of_particles_is_named():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.diagnostics.weights import require_whole_data
-from pyro_nf.tracing import Particle, Program, is_data, is_latent
+from pyro_nf.tracing import Particle, Program, is_data, is_latent, local_log_prob, local_plate
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,9 @@ def local_evidence(
     """
     program = Program(model, guide)
     require_whole_data(program, args, kwargs)
-    sites = [
-        (name, site) for name, site in program.structure(args, kwargs).particle.model.nodes.items() if _counts(site)
-    ]
-    plates = {tuple(frame.name for frame in site["cond_indep_stack"]) for _, site in sites}
-    if len(plates) != 1 or len(next(iter(plates))) != 1:
+    particle = program.structure(args, kwargs).particle
+    if local_plate(particle) is None:
+        sites = [(name, site) for name, site in particle.model.nodes.items() if is_latent(site) or is_data(site)]
         raise ValueError(
             "local_evidence takes models whose sites all stand in one plate; got "
             + ", ".join(
@@ -66,7 +64,7 @@ def local_evidence(
         )
 
     def log_weights(particle: Particle) -> dict[str, Tensor]:
-        return {"log_w": _local_log_prob(particle.model) - _local_log_prob(particle.guide)}
+        return {"log_w": local_log_prob(particle.model) - local_log_prob(particle.guide)}
 
     # Running sums of log w and (in logs) of w: memory does not grow with num_samples.
     total, log_total = torch.zeros(()), torch.tensor(-math.inf)
@@ -77,17 +75,3 @@ def local_evidence(
             total = total.to(log_w) + log_w.sum(0)
             log_total = torch.logaddexp(log_total.to(log_w), log_w.logsumexp(0))
     return LocalEvidence(total / num_samples, log_total - math.log(num_samples), num_samples)
-
-
-def _counts(site: dict[str, Any]) -> bool:
-    return is_latent(site) or is_data(site)
-
-
-def _local_log_prob(trace: Any) -> Tensor:
-    """The trace's log density, summed over everything but the plate."""
-    trace.compute_log_prob()
-    total = torch.zeros(())
-    for site in trace.nodes.values():
-        if _counts(site):
-            total = total + site["log_prob"].reshape(-1)  # one plate: one entry a datum, wherever its dimension is
-    return total

@@ -109,6 +109,20 @@ class LowerTriangularAffine(Flow):
         x = solve_triangular(matrix, mixed, upper=False, unitriangular=True)
         return x, -log_scale.sum(-1).expand(x.shape[:-1])
 
+    @torch.no_grad()
+    def assign(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Become `y = loc + scale_tril x` (shifted by a context's contribution, if there is one).
+
+        Args:
+            loc: `(dim,)`.
+            scale_tril: Lower triangular with a positive diagonal, `(dim, dim)`.
+        """
+        scale = scale_tril.diagonal()
+        rows, columns = torch.tril_indices(len(loc), len(loc), -1, device=loc.device)
+        values = {**_initial(len(loc), loc, scale), "tril": (scale_tril / scale[:, None])[rows, columns]}
+        for name, value in values.items():
+            getattr(self.params, name).copy_(value)
+
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loc, raw, tril = self.params(context)
         eye = torch.eye(len(self.tril_index), dtype=tril.dtype, device=tril.device)

@@ -1,5 +1,6 @@
 """A fit on its way, and the file that keeps it."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,11 @@ class Progress:
     def best_evaluation(self) -> Evaluation:
         """The highest ELBO on the way; the latest of equal ones."""
         return max(reversed(self.evaluations), key=lambda evaluation: evaluation.elbo)
+
+    def scatter(self, num_particles: int) -> float:
+        """Standard deviation of the draws of a step about their block's mean, in the block where it was smallest."""
+        blocks = [float(elbos.std()) for elbos in self.history if len(elbos) > 1]
+        return math.sqrt(num_particles) * min([value for value in blocks if math.isfinite(value)], default=math.inf)
 
     def observe(self, evaluation: Evaluation, params: Tensor) -> None:
         """Note an evaluation, and keep its parameters if it is the best."""

@@ -77,7 +77,8 @@ class Execution:
         """
         values, spec = pytree.tree_flatten((args, kwargs))
         leaves = () if fixed else tuple(value for value in values if isinstance(value, Tensor))
-        key = None if fixed else signature(args, kwargs)
+        # An objective may change its form between blocks of steps.
+        key = (self.objective.path_gradient, None if fixed else signature(args, kwargs))
         new = key not in self._known
         # All processes prepare when one has to, for they choose the form together.
         if new if fixed or self.mode is False else self.ranks.any(new):
@@ -88,7 +89,7 @@ class Execution:
                 return pytree.tree_unflatten(filled, spec)
 
             start = time.perf_counter()
-            if new and self._known and self.mode is not False and self.ranks.index == 0:
+            if new and not fixed and self._known and self.mode is not False and self.ranks.index == 0:
                 warnings.warn(
                     f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
                     stacklevel=6,

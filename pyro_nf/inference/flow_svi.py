@@ -62,6 +62,8 @@ class FlowSVI:
         eval_every: Steps between evaluations.
         eval_particles: Draws of the final evaluation.
         clip_norm: Largest norm of the gradient.
+        num_starts: Before the first step, let the guide look for modes from so many points and begin there, if it can
+            (`AutoFlow.warm_start`); the result says whether they agree. 0 begins where the guide is.
         compile: Whether to record a step as a graph of tensor operations and compile it, which takes from ten seconds
             to minutes and makes small models many times faster. It is compared with the plain step first; where that
             fails, or the model cannot be recorded, a warning says why and the run goes on without. "auto" does as much
@@ -102,6 +104,7 @@ class FlowSVI:
         eval_every: int = 100,
         eval_particles: int = 1000,
         clip_norm: float = 10.0,
+        num_starts: int = 0,
         compile: bool | Literal["auto"] = "auto",  # noqa: A002 - as torch calls it
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Callback] = (),
@@ -121,6 +124,10 @@ class FlowSVI:
                 raise ValueError(f"{name} must be positive; got {value!r}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative; got {weight_decay!r}")
+        if not num_starts >= 0:
+            raise ValueError(f"num_starts must not be negative; got {num_starts!r}")
+        if num_starts and not hasattr(guide, "warm_start"):
+            raise ValueError(f"num_starts must be 0 for a guide without warm_start; got a {type(guide).__name__}")
         if compile not in (True, False, "auto"):
             raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
         self.compile = compile
@@ -128,6 +135,7 @@ class FlowSVI:
         self.objective = ELBO() if objective is None else objective
         self.num_particles, self.learning_rate, self.weight_decay = num_particles, learning_rate, weight_decay
         self.max_steps, self.eval_every, self.eval_particles = max_steps, eval_every, eval_particles
+        self.num_starts = num_starts
         self.clip_norm, self.callbacks = clip_norm, tuple(callbacks)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.seed, self.progress = seed, progress
@@ -183,6 +191,9 @@ class FlowSVI:
         start = time.perf_counter()
         args, kwargs = next(data)
         params = self._params(args, kwargs)
+        starts = None
+        if self.num_starts and resume is None:
+            starts = self.program.guide.warm_start(*args, num_starts=self.num_starts, **kwargs)  # type: ignore[attr-defined]
         ranks.part()
         shapes = ranks.gather([tuple(param.shape) for param in params])
         if any(other != shapes[0] for other in shapes):
@@ -194,6 +205,7 @@ class FlowSVI:
             self.compile, self.program, self.objective, adam, params, ranks, self.max_steps, self.eval_every
         )
         particles = ranks.share(self.num_particles)
+        self.objective.start_block(self.objective.annealing_steps, math.inf, flat)
         execution.steps(State.start(flat), particles, args, kwargs, fixed)
 
         def advance(state: State, rates: Tensor) -> tuple[State, Tensor]:
@@ -227,11 +239,12 @@ class FlowSVI:
             with tqdm(total=fit.schedule.last_step, disable=hidden, desc="FlowSVI") as bar:
                 while fit.steps < fit.schedule.last_step and not stop_reason:
                     num_steps = min(self.eval_every, fit.schedule.last_step - fit.steps)
+                    self.objective.start_block(fit.steps, fit.scatter(self.num_particles), flat)
                     rates = fit.schedule.rates(fit.steps, num_steps, flat)
                     fit.state, elbos = advance(fit.state.restart_average(), rates)
                     fit.history.append(elbos)
                     fit.observe(_of_steps(fit.steps, elbos), torch.stack([fit.state.average, fit.state.params]))
-                    fit.schedule.observe(fit.evaluations)
+                    fit.schedule.observe([e for e in fit.evaluations if e.step >= self.objective.annealing_steps])
                     fit.seconds = earlier + time.perf_counter() - start
                     if self.checkpoint is not None:
                         fit.save(self.checkpoint, ranks)
@@ -269,6 +282,8 @@ class FlowSVI:
             execution=execution.form,
             execution_reason=execution.reason,
             compile_seconds=execution.seconds,
+            path_gradient=self.objective.path_gradient,
+            starts=starts,
             history=torch.cat([flat.new_empty(0), *fit.history]),
             evaluations=tuple(fit.evaluations),
         )

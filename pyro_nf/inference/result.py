@@ -1,7 +1,7 @@
 """What a fit returns."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -31,6 +31,8 @@ class FitResult:
         execution: How the steps ran: "plain", "recorded" as a graph, or "compiled".
         execution_reason: Why they were not compiled, or an empty string.
         compile_seconds: Wall time spent on recording and compiling.
+        path_gradient: Whether the last steps left the score out of the gradient ("sticking the landing").
+        starts: What the guide's warm start found, `None` without one; `print` says so where starts disagree.
         history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The evaluations on the way, one for each `eval_every` steps.
     """
@@ -47,6 +49,8 @@ class FitResult:
     execution: str
     execution_reason: str
     compile_seconds: float
+    path_gradient: bool
+    starts: Any
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
 
@@ -54,5 +58,5 @@ class FitResult:
         """One line for people."""
         return (
             f"ELBO {self.elbo:.3f} +- {self.elbo_mcse:.3f} after {self.steps} steps in {self.seconds:.1f} s "
-            f"({self.stop_reason})"
+            f"({self.stop_reason})" + (f"; {self.starts}" if self.starts is not None else "")
         )

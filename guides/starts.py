@@ -1,0 +1,157 @@
+"""Where a fit begins: modes of the posterior, found by several runs of L-BFGS, with a normal around each."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from pyro_nf.distributions import FlowDistribution
+
+LogDensity = Callable[[Tensor], Tensor]
+"""`(dim,) -> ()`, over the unconstrained latents."""
+
+# Starting points lie in this cube, as Stan's do.
+_RADIUS = 2.0
+# Eigenvalues of the Hessian: flatter directions than the prior's widest, and steeper ones than rounding resolves.
+_MIN_PRECISION, _MAX_PRECISION = 1e-6, 1e12
+# Two runs have found one mode if they ended within so many of its standard deviations, by root mean square.
+_SAME_MODE = 0.5
+# A mode with less of the evidence than this is left out.
+_NEGLIGIBLE = 1e-3
+_NUM_DRAWS, _CHUNK = 500, 100
+
+
+class Mode(NamedTuple):
+    """A normal at a mode.
+
+    Attributes:
+        loc: Where it is, unconstrained, `(dim,)`.
+        scale_tril: Cholesky factor of the inverse of minus the log density's Hessian there, `(dim, dim)`.
+        elbo: The normal's ELBO, an estimate of the evidence near the mode from below.
+        num_runs: How many runs ended there.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    elbo: float
+    num_runs: int
+
+
+class Starts(NamedTuple):
+    """What a warm start found.
+
+    Attributes:
+        modes: Found modes whose normals are better than the guide was, the best first.
+        shares: Their shares of the evidence, as their normals' ELBOs estimate it.
+        elbo: ELBO of the guide before.
+        num_runs: Runs of L-BFGS.
+    """
+
+    modes: tuple[Mode, ...]
+    shares: tuple[float, ...]
+    elbo: float
+    num_runs: int
+
+    @property
+    def disagree(self) -> bool:
+        """Whether runs ended at different modes, none of which is negligible."""
+        return len(self.modes) > 1
+
+    def __str__(self) -> str:
+        """One line for people."""
+        if not self.modes:
+            return f"{self.num_runs} starts: none is better than the guide as it was (ELBO {self.elbo:.3f})"
+        if not self.disagree:
+            return f"{self.num_runs} starts agree on one mode (ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
+        shares = ", ".join(f"{share:.2f}" for share in self.shares)
+        return f"{self.num_runs} starts disagree: {len(self.modes)} modes, with shares {shares} of the evidence"
+
+
+def find_starts(log_density: LogDensity, posterior: FlowDistribution, points: Tensor) -> Starts:
+    """Climb from each point, and return the modes whose normals have a higher ELBO than the guide's own.
+
+    A normal at a mode can be far worse than any other start: the density of a centred hierarchy has no bound, and
+    climbs end where all groups are equal. Hence the ELBO decides.
+
+    Args:
+        log_density: The model's.
+        posterior: The guide's, as it is.
+        points: Where to start, `(num_runs, dim)`.
+    """
+    draws = posterior.sample((_NUM_DRAWS,))
+    before = _mean(_at(log_density, draws) - posterior.log_prob(draws))
+    found: list[Mode] = []
+    for point in points:
+        loc = _climb(log_density, point)
+        scale_tril = None if loc is None else _scale_tril(log_density, loc)
+        if loc is None or scale_tril is None:
+            continue
+        same = [i for i, mode in enumerate(found) if _distance(mode, loc) < _SAME_MODE]
+        if same:
+            found[same[0]] = found[same[0]]._replace(num_runs=found[same[0]].num_runs + 1)
+        else:
+            found.append(Mode(loc, scale_tril, _elbo(log_density, loc, scale_tril), 1))
+    highest = max([mode.elbo for mode in found], default=-math.inf)
+    kept = [mode for mode in found if mode.elbo > max(before, highest + math.log(_NEGLIGIBLE))]
+    kept.sort(key=lambda mode: -mode.elbo)
+    shares = torch.tensor([mode.elbo for mode in kept], dtype=torch.float64).softmax(0).tolist()
+    return Starts(tuple(kept), tuple(shares), before, len(points))
+
+
+def starting_points(first: Tensor, num_runs: int) -> Tensor:
+    """Return `first` and uniform points in the cube from -2 to 2."""
+    others = _RADIUS * (2 * torch.rand(num_runs - 1, len(first), dtype=first.dtype, device=first.device) - 1)
+    return torch.cat([first[None], others])
+
+
+def _climb(log_density: LogDensity, point: Tensor) -> Tensor | None:
+    """Return the mode that L-BFGS ends at, or `None` where it ends at no finite one."""
+    value_and_grad = torch.func.grad_and_value(log_density)
+
+    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+        grad, value = value_and_grad(torch.as_tensor(x).to(point))
+        if not (value.isfinite() and grad.isfinite().all()):
+            return math.inf, np.zeros_like(x)  # the line search steps back
+        return -float(value), -grad.double().cpu().numpy()
+
+    result = minimize(objective, point.double().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": 500})
+    loc = torch.as_tensor(result.x).to(point)
+    return loc if math.isfinite(result.fun) and bool(loc.isfinite().all()) else None
+
+
+def _scale_tril(log_density: LogDensity, loc: Tensor) -> Tensor | None:
+    """Return the Cholesky factor of the covariance that the curvature says, a usable one also off a mode."""
+    # Twice in reverse: what models are made of does not all have forward derivatives.
+    hessian = -torch.func.jacrev(torch.func.grad(log_density))(loc).double()
+    if not bool(hessian.isfinite().all()):
+        return None
+    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
+    variances = 1 / values.abs().clamp(_MIN_PRECISION, _MAX_PRECISION)
+    # R of the thin QR of a root of the covariance is its Cholesky factor, up to signs, even where it is near singular.
+    upper = torch.linalg.qr((vectors * variances.sqrt()).mT).R
+    scale_tril: Tensor = (upper * upper.diagonal().sign()[:, None]).mT.to(loc)
+    return scale_tril
+
+
+def _distance(mode: Mode, point: Tensor) -> float:
+    """Root mean square of the difference, in the mode's standard deviations."""
+    whitened = torch.linalg.solve_triangular(mode.scale_tril, (point - mode.loc)[:, None], upper=False)
+    return float(whitened.square().mean().sqrt())
+
+
+def _elbo(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> float:
+    noise = torch.randn(_NUM_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
+    entropy = 0.5 * len(loc) * (1 + math.log(2 * math.pi)) + scale_tril.diagonal().log().sum()
+    return _mean(_at(log_density, loc + noise @ scale_tril.mT) + entropy)
+
+
+def _at(log_density: LogDensity, points: Tensor) -> Tensor:
+    return torch.func.vmap(log_density, chunk_size=_CHUNK, randomness="different")(points)
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.mean().nan_to_num(nan=-math.inf))
