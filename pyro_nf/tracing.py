@@ -378,7 +378,8 @@ def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
 
 def _minibatches(size: int, part: int, num_steps: int, device: torch.device) -> Tensor:
     """Indices of random parts of a whole, distinct within each permutation, `(num_steps, part)`."""
-    steps_each = size // part
+    steps_each = min(size // part, num_steps)
+    # Copied by `cat`: what is kept is the parts, not the whole permutations.
     whole = [torch.randperm(size, device=device)[: steps_each * part] for _ in range(-(-num_steps // steps_each))]
     return torch.cat(whole)[: num_steps * part].view(num_steps, part)
 
