@@ -67,6 +67,12 @@ class Flow(TransformModule):
 
     # torch.distributions.Transform, derived from the two methods above.
 
+    @property
+    def sign(self) -> int:
+        """The sign of a scalar map's derivative: a flow has none."""
+        # Not the NotImplementedError of torch, through which hasattr(flow, "sign") fails, and torch.jit.trace with it.
+        raise AttributeError(f"{type(self).__name__} has no attribute 'sign'")
+
     def _call(self, x: Tensor) -> Tensor:
         self.check_inputs(x)
         return self.forward_and_log_det(x)[0]

@@ -55,7 +55,7 @@ def strictly_lower(entries: Tensor, index: Tensor) -> Tensor:
 def solve_triangular(matrix: Tensor, y: Tensor, *, upper: bool, unitriangular: bool = False) -> Tensor:
     """Solve `A x = y` for points `(*batch, n)` and a triangular matrix `(n, n)`, or one for each, `(*batch, n, n)`."""
     if matrix.dim() == 2:  # all points are the rows of one system, X A' = Y
-        rows = y.reshape(y.shape[:-1].numel(), y.shape[-1])
+        rows = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
         solved: Tensor = torch.linalg.solve_triangular(
             matrix.mT, rows, upper=not upper, left=False, unitriangular=unitriangular
         )
