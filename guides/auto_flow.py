@@ -1,13 +1,19 @@
 """AutoFlow: the drop-in guide, a flow over all latents of a model."""
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import pyro
 import torch
-from pyro.infer.autoguide import AutoContinuous, init_to_feasible
+from pyro import poutine
+from pyro.infer.autoguide import AutoContinuous, AutoGuide, init_to_feasible
+from pyro.poutine.indep_messenger import IndepMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
+from torch.distributions import Transform, constraints
 
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, LowerTriangularAffine, Sequential
@@ -15,6 +21,7 @@ from pyro_nf.guides.bases import BaseLike, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
 from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.guides.starts import Starts, find_starts, starting_points
+from pyro_nf.guides.supports import bijection
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
 _FULL_RANK_DIM = 500
@@ -23,11 +30,15 @@ _FULL_RANK_DIM = 500
 class AutoFlow(FlowGuide, AutoContinuous):
     r"""Guide over all continuous latents, `q(z) = affine(flow(base))`, in place of Pyro's `AutoNormal(model)`.
 
-    z are the latents on the real line (through `biject_to` of their supports). The flow starts as the identity and the
+    z are the latents on the real line (through bijections of their supports). The flow starts as the identity and the
     affine layer at `init_loc_fn` and `init_scale`: over the normal base, this starts as the mean-field guide that it
     replaces. The affine layer is lower triangular (a full-rank normal) up to 500 coordinates.
 
-    Works in Pyro's `SVI` with `Trace_ELBO`, in `Predictive`, `AutoGuideList` and `NeuTraReparam`, and in `FlowSVI`.
+    Works in `FlowSVI`, in Pyro's `SVI` with any of its ELBOs (over a base without discrete draws), in `AutoGuideList`,
+    `NeuTraReparam` and `Predictive`. `Predictive(model, guide.sample_posterior(1000, *args))` gives sites of their own
+    shapes, where Pyro's `Predictive(model, guide=guide)` puts dimensions of size 1 before those outside of plates.
+
+    `load_state_dict` may come before the first call, and so may the parameter store's `load`.
 
     Args:
         model: A Pyro model with static structure.
@@ -68,22 +79,55 @@ class AutoFlow(FlowGuide, AutoContinuous):
             raise ValueError(f"init_scale must be positive; got {init_scale!r}")
         check_flow_like(flow)
         check_base(base)
-        super().__init__(model, init_loc_fn=init_loc_fn)
+        super().__init__(model, init_loc_fn=_starting(init_loc_fn))
         # Unlike `self.model`, without initial values. In a tuple, or a module would become part of the guide.
         self._plain_model = (model,)
         self._make_flow = partial(build_flow, flow)
         self._make_base = partial(make_base, base)
         self._init_scale = init_scale
+        self._outdated = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site, in the model's plates."""
+        self._ensure_prototype(*args, **kwargs)
+        latent = self.sample_latent(*args, **kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        values = {}
+        for site, value, log_det in self._constrained(latent):
+            with ExitStack() as stack:
+                for frame in site["cond_indep_stack"]:
+                    stack.enter_context(plates[frame.name])
+                values[site["name"]] = self._sample_site(site, value, log_det)
+        return values
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        # The prototype holds tensors of the model, bounds of supports, which may move with it: look again.
+        self._outdated = self.prototype_trace is not None and self._model is not None
+        return super()._apply(*args, **kwargs)
+
+    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
+        super()._ensure_prototype(*args, **kwargs)
+        if self._outdated:
+            self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        check_latents(*self._plain_model, args, kwargs, "AutoFlow")
-        super()._setup_prototype(*args, **kwargs)
-        loc = self._init_loc()
+        self._outdated = False
+        check_latents(self.model, args, kwargs, "AutoFlow")
+        AutoGuide._setup_prototype(self, *args, **kwargs)
+        start = dict(self._initial_values())
+        self._unconstrained_shapes = {name: value.shape for name, value in start.items()}
+        self._check_supports(start, args, kwargs)
+        loc = self._pack_latent(list(start.values()))
+        self.latent_dim = len(loc)
+        if self.master is None:  # NeuTraReparam reads the plates, maybe before the guide's first call
+            with poutine.block():
+                self._create_plates(*args, **kwargs)
+        if hasattr(self, "flow"):
+            return
         inner = self._make_flow(self.latent_dim)
         affine = LowerTriangularAffine if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
-        self.flow = Sequential(inner.to(loc), outer)
-        self.base = self._make_base(self.latent_dim).to(loc)
+        self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
 
     @torch.no_grad()
     def warm_start(self, *args: Any, num_starts: int = 8, **kwargs: Any) -> Starts:
@@ -121,31 +165,82 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 self.base.assign(starts.modes, starts.shares)
         return starts
 
+    def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each site's name and its initial value on the real line."""
+        for name, site in self.prototype_trace.iter_stochastic_nodes():
+            value, shape = site["value"].detach(), site["fn"].shape()
+            if value.shape != shape:
+                raise ValueError(
+                    f"init_loc_fn must give site {name!r} a value of shape {tuple(shape)}; got {tuple(value.shape)}"
+                )
+            to_support = bijection(site)
+            start = to_support.inv(value)
+            # torch's inverses clamp what lies outside, where they do not return NaN.
+            back = torch.allclose(to_support(start), value, rtol=1e-3, atol=1e-4)
+            if not back or not bool(start.isfinite().all()):
+                support = site["fn"].support
+                raise ValueError(
+                    f"init_loc_fn must give site {name!r} a value inside its support {support}; got {value}"
+                )
+            yield name, start
+
+    def _check_supports(self, start: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the model at other values, and report a site whose support has moved with them."""
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        elsewhere = {name: bijection(site)(start[name] + 0.1) for name, site in sites.items()}
+        with poutine.block(), torch.no_grad():
+            trace = poutine.trace(poutine.condition(self.model, elsewhere)).get_trace(*args, **kwargs)
+        for name, value in elsewhere.items():
+            if name not in trace.nodes:
+                raise ValueError(f"AutoFlow takes models with fixed sites; {name!r} comes and goes with other latents")
+            moved = bijection(trace.nodes[name])(start[name] + 0.1)
+            if moved.shape != value.shape or not torch.allclose(moved, value):
+                raise ValueError(
+                    f"AutoFlow takes sites whose support is fixed; that of {name!r} depends on other latents. Sample "
+                    "it on a fixed support, from Uniform(0, 1) say, and map it there with pyro.deterministic"
+                )
+
     def get_base_dist(self) -> Any:
         """Return the base distribution over the coordinates."""
         self._check_ready()
         return self.base()
 
-    def get_transform(self, *args: Any, **kwargs: Any) -> Flow:
+    def get_transform(self, *args: Any, **kwargs: Any) -> Transform:
         """Return the flow from the base to the unconstrained latents, affine layer included."""
         self._check_ready()
-        flow: Flow = self.flow
-        return flow
+        # NeuTraReparam adds the log-determinant to the first site's density, once for each element of its plates.
+        elements = math.prod(
+            m.size for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m._vectorized is not False
+        )
+        return self.flow if elements == 1 else _Shared(self.flow, elements)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""
-        return FlowDistribution(self.get_base_dist(), self.get_transform())
+        return FlowDistribution(self.get_base_dist(), self.flow)
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the coordinates, as one auxiliary site."""
         posterior, name = self.get_posterior(), f"_{self._pyro_name}_latent"
         if isinstance(self.base, MixtureBase):
-            posterior = FlowDistribution(self.base.draw_from(name), self.get_transform())
+            posterior = FlowDistribution(self.base.draw_from(name), self.flow)
         latent: Tensor = pyro.sample(name, ScoredDraw(posterior), infer={"is_auxiliary": True})
         return latent
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        yield from AutoContinuous._unpack_latent(self, latent)
+        """Cut the coordinates into sites.
+
+        Outer plates (vectorised particles) leave the dimensions of the model's plates free: batch dimensions that end
+        in as many ones. Any other batch is of draws, each with the sites' own shapes.
+        """
+        batch = latent.shape[:-1]
+        sites = [site for _, site in self.prototype_trace.iter_stochastic_nodes()]
+        nesting = max(len(site["fn"].batch_shape) for site in sites)
+        outer = len(batch) > nesting and all(size == 1 for size in batch[len(batch) - nesting :])
+        shapes = self._unconstrained_shapes.values()
+        parts = latent.split([shape.numel() for shape in shapes], -1)
+        for site, shape, part in zip(sites, shapes, parts, strict=True):
+            lead = batch[: len(batch) - len(site["fn"].batch_shape)] if outer else batch
+            yield site, part.reshape((*lead, *shape))
 
     def _pack_latent(self, parts: list[Tensor]) -> Tensor:
         return torch.cat([part.reshape(-1) for part in parts])
@@ -153,3 +248,44 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _check_ready(self) -> None:
         if self.prototype_trace is None:
             raise RuntimeError("AutoFlow does not know its model's latents yet: call the guide, or fit it, first")
+
+
+class _Shared(Transform):
+    """A flow whose log-determinant is spread over so many elements, which add up to it."""
+
+    bijective = True
+    domain = codomain = constraints.real_vector
+
+    def __init__(self, flow: Flow, elements: int) -> None:
+        super().__init__()
+        self.flow, self.elements = flow, elements
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.flow.forward_and_log_det(x)[0]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return one element's share."""
+        return self.flow.forward_and_log_det(x)[1] / self.elements
+
+
+def _starting(init_loc_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the strategy, changed where it would fail before the guide can say what is wrong, or need not fail."""
+
+    def init(site: dict[str, Any]) -> Any:
+        fn = site["fn"]
+        if fn.support.is_discrete:
+            return fn.sample()
+        if init_loc_fn is not init_to_feasible:
+            return init_loc_fn(site)
+        # Pyro's own knows fewer supports, and draws from the prior, which improper ones cannot.
+        try:
+            like = fn.sample()
+        except NotImplementedError:
+            like = torch.empty(0)
+        try:
+            to_support = bijection({"name": site["name"], "fn": fn})
+        except ValueError:  # right for a site that a reparametrisation replaces; else reported after this run
+            return like
+        return to_support(like.new_zeros(to_support.inverse_shape(fn.shape())))
+
+    return init

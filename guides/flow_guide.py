@@ -1,19 +1,23 @@
 """What our guides share: draws, densities and quantiles in the model's own space."""
 
+import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoGuide
-from torch import Tensor
-from torch.distributions import biject_to
+from torch import Tensor, nn
+from torch.distributions import register_kl
 
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
+from pyro_nf.guides.supports import bijection
 from pyro_nf.tracing import Program, SharedSubsamples, is_latent, log_prob_sum, run_model
 
 # Draws behind medians and quantiles: a median's error is 1.25 / sqrt(10,000) = 1.25% of a standard deviation.
@@ -22,6 +26,21 @@ _QUANTILE_DRAWS = 10_000
 _COUNTERS: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
 FlowLike = str | Flow | Callable[..., Flow]
+_Self = TypeVar("_Self", bound="FlowGuide")
+
+
+class MappedDraw(dist.Delta):
+    """A site's value, computed from the guide's one draw; its log density is minus the log-determinant of the map.
+
+    `TraceMeanField_ELBO` asks for a divergence from the model's distribution, and Pyro's from a `Delta` leaves the
+    log density out. From this one it is in, and that ELBO is right.
+    """
+
+
+@register_kl(MappedDraw, Distribution)  # type: ignore[untyped-decorator]
+def _kl_mapped_draw(p: MappedDraw, q: Any) -> Tensor:
+    kl: Tensor = p.log_density - q.log_prob(p.v)
+    return kl
 
 
 def check_flow_like(flow: FlowLike) -> None:
@@ -110,11 +129,15 @@ class FlowGuide(AutoGuide):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._pending: dict[str, Tensor] = {}
+        self._take_name()
+
+    def _take_name(self) -> None:
         # Pyro keeps parameters by name, and gives every guide of a class the same: a second one would take over the
         # first one's parameters without a word. Here the first is AutoFlow, the next AutoFlow_1, ...
-        number = next(_COUNTERS[type(self).__name__])
-        if number > 0:
-            self._pyro_name = f"{self._pyro_name}_{number}"
+        kind = type(self).__name__
+        number = next(_COUNTERS[kind])
+        self._pyro_set_supermodule(f"{kind}_{number}" if number else kind, self._pyro_context)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""
@@ -153,7 +176,7 @@ class FlowGuide(AutoGuide):
 
         def one(values: dict[str, Tensor]) -> Tensor:
             posterior = self.get_posterior(*args, **kwargs)
-            flat = [biject_to(site["fn"].support).inv(values[name]) for name, site in sites]
+            flat = [bijection(site).inv(values[name]) for name, site in sites]
             latent = self._pack_latent(flat)
             log_det = sum(d.sum() for _, _, d in self._constrained(latent))
             return posterior.log_prob(latent).sum() - log_det
@@ -165,17 +188,37 @@ class FlowGuide(AutoGuide):
         return result.reshape(batch)
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return the posterior median of every latent site's entries, `{site: shape}`, from 10,000 draws."""
+        """Return the posterior median of every latent site's entries, `{site: shape}`: `quantiles` at 0.5."""
         return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
-    def quantiles(self, quantiles: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return posterior quantiles of every latent site's entries, `{site: (len(quantiles), *shape)}`."""
+    def quantiles(self, quantiles: float | Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return posterior quantiles of every latent site's entries, from 10,000 draws that are always the same.
+
+        Args:
+            quantiles: Levels between 0 and 1: a sequence, a vector or one number.
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Returns:
+            `{site: (*levels, *shape)}`, in the order of the levels.
+
+        Raises:
+            ValueError: If a level is not between 0 and 1.
+        """
+        asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
+        if asked.dim() > 1 or not bool(((asked >= 0) & (asked <= 1)).all()):
+            raise ValueError(f"quantiles must be levels between 0 and 1, in one dimension; got {quantiles!r}")
+        self._ensure_prototype(*args, **kwargs)
+        devices = [param.device for param in self.parameters() if param.is_cuda][:1]
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            draws = self.sample_posterior(_QUANTILE_DRAWS, *args, **kwargs)
         result = {}
-        for name, value in self.sample_posterior(_QUANTILE_DRAWS, *args, **kwargs).items():
-            levels = torch.as_tensor(quantiles, dtype=value.dtype, device=value.device)
+        for name, value in draws.items():
+            levels = asked.to(value)
             # In parts, because torch.quantile refuses more than 2^24 numbers.
-            parts = [part.quantile(levels, 0) for part in value.reshape(len(value), -1).split(1000, 1)]
-            result[name] = torch.cat(parts, 1).reshape(-1, *value.shape[1:])
+            parts = [part.quantile(levels.reshape(-1), 0) for part in value.reshape(len(value), -1).split(1000, 1)]
+            result[name] = torch.cat(parts, 1).reshape((*levels.shape, *value.shape[1:]))
         return result
 
     def _log_density(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -200,7 +243,45 @@ class FlowGuide(AutoGuide):
 
     def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
         if self.prototype_trace is None:
+            if self._model is None:
+                raise RuntimeError(
+                    f"{type(self).__name__} was pickled before its first call, and pickles go without the model: make "
+                    "the guide anew"
+                )
             self._setup_prototype(*args, **kwargs)
+
+    def _set_flow(self, flow: Flow, base: nn.Module) -> None:
+        """Take flow and base, and the parameters that `load_state_dict` or the parameter store hold for them."""
+        self.flow, self.base = flow, base
+        pending, self._pending = self._pending, {}
+        store = pyro.get_param_store()
+        for part in ("flow", "base"):
+            module = getattr(self, part)
+            if pending:
+                start = len(part) + 1
+                module.load_state_dict({name[start:]: v for name, v in pending.items() if name.startswith(f"{part}.")})
+            prefix = f"{self._pyro_name}.{part}$$$"
+            for name, param in module.named_parameters():
+                if prefix + name in store:
+                    # Pyro would go on with the store's tensor, and the flow with its own: one must go.
+                    with torch.no_grad():
+                        param.copy_(store[prefix + name])
+                    del store[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Before the first call there is no flow to load into yet.
+        if not hasattr(self, "flow"):
+            names = [name for name in state_dict if name.startswith((f"{prefix}flow.", f"{prefix}base."))]
+            self._pending = {name[len(prefix) :]: state_dict[name].detach().clone() for name in names}
+            state_dict = {name: value for name, value in state_dict.items() if name not in names}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _sample_site(self, site: dict[str, Any], value: Tensor, log_det: Tensor) -> Tensor:
+        """Sample one latent site, at the value that the guide's draw has there."""
+        drawn: Tensor = pyro.sample(
+            site["name"], MappedDraw(value, log_density=-log_det, event_dim=site["fn"].event_dim)
+        )
+        return drawn
 
     def _constrain(self, latent: Tensor) -> dict[str, Tensor]:
         return {site["name"]: value for site, value, _ in self._constrained(latent)}
@@ -208,7 +289,7 @@ class FlowGuide(AutoGuide):
     def _constrained(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor, Tensor]]:
         """Yield each site, its value, and the log-determinant of its map to the support, `(*batch of the site,)`."""
         for site, unconstrained in self._unpack_latent(latent):
-            transform = biject_to(site["fn"].support)
+            transform = bijection(site)
             value = transform(unconstrained)
             log_det = transform.log_abs_det_jacobian(unconstrained, value)
             extra = log_det.dim() - (value.dim() - site["fn"].event_dim)
@@ -216,7 +297,25 @@ class FlowGuide(AutoGuide):
 
     def __getstate__(self) -> dict[str, Any]:
         # Pyro's own sets the *original's* model to None. Here only the pickle goes without it, as it must.
-        return {**self.__dict__, "_model": None, "_plain_model": None, "master": None}
+        for param in self.parameters():
+            param.__dict__.pop("unconstrained", None)  # the parameter store's weak reference
+        return {**self.__dict__, **dict.fromkeys(self._models()), "master": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "." not in self._pyro_name:  # not a part of another guide
+            self._take_name()
+
+    def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__dict__.update(self._models())
+        return twin
+
+    def _models(self) -> dict[str, Any]:
+        """The attributes that hold the model, which copies share and pickles go without."""
+        return {name: self.__dict__[name] for name in ("_model", "_plain_model") if name in self.__dict__}
 
 
 def _map_draws(function: Callable[..., Any], draws: Any) -> Any:
