@@ -59,7 +59,8 @@ def test_first_loss_with_a_far_intercept_is_auto_normals():
         pyro.set_rng_seed(0)
         return ELBO(num_particles=2000).loss(regression, guide_class(regression), x, y)
 
-    assert first_loss(AutoFlow) <= first_loss(AutoNormal) * 1.001
+    # Two averages of 2,000 draws with a spread of a fifth: each within half a percent, one time in three beyond.
+    assert first_loss(AutoFlow) <= first_loss(AutoNormal) * 1.03
 
 
 def test_four_couplings_reach_every_coordinate():
