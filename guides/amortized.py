@@ -1,41 +1,68 @@
 """AmortizedFlow: a guide for local latents, whose posterior an encoder reads off the data."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
-from torch.distributions import biject_to
 
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Sequential
 from pyro_nf.guides.bases import NormalBase
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
+from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents, has_rows
+from pyro_nf.guides.supports import bijection
 from pyro_nf.tracing import signature
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
-class AmortizedFlow(FlowGuide):
+
+class AnySizeGuide(FlowGuide):
+    """A guide that looks at its model once for arguments of each shape: the minibatch may differ from call to call."""
+
+    def __init__(self, model: Callable[..., Any], create_plates: Callable[..., Any] | None = None) -> None:
+        super().__init__(model, create_plates=create_plates)
+        self._prototypes: dict[Any, tuple[Any, Any]] = {}
+
+    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
+        key = signature(args, kwargs)
+        if key not in self._prototypes:
+            if self._model is None:
+                raise ValueError(
+                    f"args hold data of a new shape, and this {type(self).__name__} is a copy without its model, which "
+                    "pickle and deepcopy leave behind: make a guide of the model, and load this one's state_dict"
+                )
+            self._setup_prototype(*args, **kwargs)
+            self._prototypes[key] = (self.prototype_trace, self._prototype_frames)
+        self.prototype_trace, self._prototype_frames = self._prototypes[key]
+
+
+class AmortizedFlow(AnySizeGuide):
     r"""Guide for the local latents of one plate, `q(z_n | x_n) = affine(flow(base; c_n); c_n)`, `c_n = encoder(x_n)`.
 
     The base is a standard normal over the latents of one datum (all local sites side by side, on the real line), the
     affine layer gives each coordinate a location and a scale linear in the context, and starts as the identity, like
     the flow. The plate may be subsampled, and the minibatch may have any size, changing from call to call.
 
-    Global latents need a guide of their own, next to this one in an `AutoGuideList`.
+    Global latents next to the local ones: `StructuredFlow`.
 
     Args:
         model: A Pyro model whose latents stand in one plate.
-        encoder: Maps the model's positional arguments to the contexts, `(batch, width)`. A tensor whose first
-            dimension is the plate's full size is given to it restricted to the subsample.
+        encoder: A module that maps the model's positional arguments, and the keyword arguments that its `forward`
+            names, to the contexts, `(batch, width)`. A tensor whose first dimension is the plate's full size is given
+            to it restricted to the subsample.
         flow: A name (`pyro_nf.flows.stacks.names()`), a `Flow` over the coordinates of one datum with `context_dim`
             the encoder's width, or a picklable factory `(dim, context_dim=width) -> Flow`.
+        create_plates: Makes the plate from the model's arguments, where the model gets its indices from them, as in
+            `lambda x, rows: pyro.plate("data", len(x), subsample=rows)`.
 
     Raises:
-        ValueError: On the first call, if the model has no continuous latents or discrete ones, if they do not stand
-            in one plate, or if the encoder's width is not the flow's `context_dim`.
+        ValueError: If the encoder is no module; on the first call, if the model has no continuous latents or discrete
+            ones, if they do not stand in one plate, if its indices are arguments and there is no `create_plates`, or
+            if the encoder's width is not the flow's `context_dim`; if the encoder returns no context for a datum.
 
     Example:
         >>> import pyro
@@ -51,76 +78,95 @@ class AmortizedFlow(FlowGuide):
         torch.Size([10, 2])
     """
 
-    def __init__(self, model: Callable[..., Any], encoder: nn.Module, flow: FlowLike = "realnvp") -> None:
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module,
+        flow: FlowLike = "realnvp",
+        *,
+        create_plates: Callable[..., Any] | None = None,
+    ) -> None:
+        check_encoder(encoder)
         check_flow_like(flow)
-        super().__init__(model)
+        super().__init__(model, create_plates)
         self.encoder = encoder
         self._make_flow = partial(build_flow, flow)
-        # What the model looked like for arguments of each shape: the minibatch may have another size at each call.
-        self._prototypes: dict[Any, tuple[Any, Any]] = {}
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every local latent, in the model's plate."""
         self._ensure_prototype(*args, **kwargs)
         plate = self._create_plates(*args, **kwargs)[self._plate.name]
         with plate as indices:
-            posterior = self.get_posterior(*_restrict(args, plate, indices))
-            if posterior.batch_shape[0] != plate.subsample_size:
+            args, kwargs = self._restrict(args, kwargs, plate, indices)
+            posterior = self.get_posterior(*args, **kwargs)
+            rows = posterior.batch_shape[self._plate.dim]
+            if rows != plate.subsample_size:
                 raise ValueError(
                     f"encoder must return one context for each of the {plate.subsample_size} elements of plate "
-                    f"{plate.name!r}; got {posterior.batch_shape[0]}"
+                    f"{plate.name!r} (size {plate.size}); got {rows}. Tensors of {plate.size} rows are cut to the "
+                    "subsample for it; data that are cut already must have as many rows as the plate's subsample_size"
                 )
             latent = pyro.sample(f"_{self._pyro_name}_latent", ScoredDraw(posterior), infer={"is_auxiliary": True})
             return {
-                site["name"]: pyro.sample(
-                    site["name"], dist.Delta(value, log_density=-log_det, event_dim=site["fn"].event_dim)
-                )
+                site["name"]: self._sample_site(site, value, log_det)
                 for site, value, log_det in self._constrained(latent)
             }
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
-        """Return the posteriors of all the data in `args`, one batch entry a datum."""
-        context = self._encode(args)
-        return FlowDistribution(self.base(), self.flow, context)
-
-    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
-        key = signature(args, kwargs)
-        if key not in self._prototypes:
-            self._setup_prototype(*args, **kwargs)
-            self._prototypes[key] = (self.prototype_trace, self._prototype_frames)
-        self.prototype_trace, self._prototype_frames = self._prototypes[key]
+        """Return the posteriors of all the data in the arguments, one batch entry a datum."""
+        return FlowDistribution(self.base(), self.flow, self._context(args, kwargs))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        check_latents(self.model, args, kwargs, "AmortizedFlow", local=True)
+        trace = check_latents(self.model, args, kwargs, "AmortizedFlow", local=True)
         super()._setup_prototype(*args, **kwargs)
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         (self._plate,) = sites[0][1]["cond_indep_stack"]
         self._event_shapes = []
         for _, site in sites:
-            unconstrained = biject_to(site["fn"].support).inv(site["value"])
+            unconstrained = bijection(site).inv(site["value"])
             self._event_shapes.append(unconstrained.shape[len(site["fn"].batch_shape) :])
-        if not hasattr(self, "flow"):
-            self._build(args, unconstrained)
+        if not self._plates_are_given:
+            check_indices(trace, {self._plate.name})
+        if "flow" not in self._modules:
+            self._build(args, kwargs, unconstrained)
 
-    def _build(self, args: tuple[Any, ...], like: Tensor) -> None:
-        with torch.no_grad():
-            width = self._encode(args).shape[-1]
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> None:
+        # A few rows will do, in whatever order: the data may be large.
+        few = torch.arange(self._plate.size)
+        args, kwargs = cut(args, kwargs, self._plate.full_size or self._plate.size, few)
+        try:
+            with torch.no_grad():
+                width = self._encode(args, kwargs).shape[-1]
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"encoder fails on the model's arguments: {str(error).splitlines()[0]}") from error
         dim = sum(shape.numel() for shape in self._event_shapes)
         inner = self._make_flow(dim, context_dim=width)
-        if inner.context_dim not in (0, width):
-            raise ValueError(
-                f"encoder must return contexts of the flow's width context_dim={inner.context_dim}; got width {width}"
-            )
-        self.flow = Sequential(inner, ElementwiseAffine(dim, width)).to(like)
-        self.base = NormalBase(dim).to(like)
+        _check_width(inner.context_dim or width, width)
+        self._set_flow(Sequential(inner, ElementwiseAffine(dim, width)).to(like), NormalBase(dim).to(like))
 
-    def _encode(self, args: tuple[Any, ...]) -> Tensor:
-        context = self.encoder(*args)
+    def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        return self._encode(args, kwargs)
+
+    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = inspect.signature(self.encoder.forward).parameters
+        context = self.encoder(*args, **{name: value for name, value in kwargs.items() if name in named})
         if not isinstance(context, Tensor) or context.dim() != 2:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"encoder must return a tensor of shape (batch, width); got {got}")
+        if "flow" in self._modules:
+            _check_width(self.flow.context_dim, context.shape[-1])
         # The plate's dimension counts from the right: put the batch there.
         return context.reshape(len(context), *(1,) * (-self._plate.dim - 1), -1)
+
+    def _restrict(self, args: tuple[Any, ...], kwargs: dict[str, Any], plate: pyro.plate, indices: Tensor) -> Arguments:
+        """Cut the data down to a subsample."""
+        if plate.subsample_size == plate.size and not self._plates_are_given:
+            return args, kwargs
+        return cut(args, kwargs, plate.size, indices)
+
+    @property
+    def _plates_are_given(self) -> bool:
+        return (self if self.master is None else self.master()).create_plates is not None
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         parts = latent.split([shape.numel() for shape in self._event_shapes], -1)
@@ -136,10 +182,33 @@ class AmortizedFlow(FlowGuide):
         return torch.cat(flat, -1)
 
 
-def _restrict(args: tuple[Any, ...], plate: pyro.plate, indices: Tensor) -> tuple[Any, ...]:
-    """Cut the tensors that hold a row for each element of a subsampled plate down to the subsample."""
-    if plate.subsample_size == plate.size:
-        return args
-    return tuple(
-        arg[indices] if isinstance(arg, Tensor) and arg.dim() > 0 and len(arg) == plate.size else arg for arg in args
-    )
+def check_encoder(encoder: Any) -> None:
+    """Raise a `ValueError` unless this is a module, whose parameters are trained along."""
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"encoder must be a torch.nn.Module; got {type(encoder).__name__}")
+
+
+def check_indices(trace: poutine.Trace, plates: set[str]) -> None:
+    """Raise a `ValueError` if one of these plates has indices that the model was given: a guide cannot know them."""
+    for name in plates & set(trace.nodes):
+        fn, indices = trace.nodes[name]["fn"], trace.nodes[name]["value"]
+        if fn.subsample_size is None and len(indices) < fn.size:
+            raise ValueError(
+                f"plate {name!r} is subsampled by indices that the model is given, and the guide has to know them: "
+                f"pass create_plates, which makes the plate from the model's arguments, such as lambda x, rows: "
+                f"pyro.plate({name!r}, {fn.size}, subsample=rows)"
+            )
+
+
+def cut(args: tuple[Any, ...], kwargs: dict[str, Any], size: int, indices: Tensor) -> Arguments:
+    """Cut the tensors that hold a row for each of the `size` elements of a plate down to those with these indices."""
+
+    def part(value: Any) -> Any:
+        return value[indices] if has_rows(value, size) else value
+
+    return tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
+
+
+def _check_width(wanted: int, got: int) -> None:
+    if got != wanted:
+        raise ValueError(f"encoder must return contexts of the flow's width context_dim={wanted}; got width {got}")

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoGuide
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
@@ -71,23 +72,22 @@ def build_flow(flow: FlowLike, dim: int, **options: Any) -> Flow:
     return built
 
 
-def check_latents(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: str, local: bool = False
-) -> None:
-    """Run the model once and check that its latents are of the kind that a guide takes.
-
-    Args:
-        model: The Pyro model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        guide: Name of the guide, for the message.
-        local: Whether the guide is for the local latents of one plate, or for latents that are always all there.
+def trace_latents(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: str
+) -> tuple[poutine.Trace, dict[str, Any]]:
+    """Run the model once and return its trace and its latent sites, which must be of a kind that a guide takes.
 
     Raises:
-        ValueError: If there is no latent, a discrete one, or one inside (`local`: outside) a subsampled plate.
+        ValueError: If there is no latent, a discrete one, or one in a sequential plate, or if the model fails on data
+            that fit none of its subsampled plates.
     """
-    with poutine.block(), torch.no_grad():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+    tracer = poutine.trace(model)
+    try:
+        with poutine.block(), torch.no_grad():
+            trace = tracer.get_trace(*args, **kwargs)
+    except (IndexError, RuntimeError, ValueError) as error:
+        _explain_sizes(tracer.trace, (*args, *kwargs.values()), error)
+        raise
     sites = {name: site for name, site in trace.nodes.items() if is_latent(site)}
     if not sites:
         raise ValueError(f"{guide} found no latent variables in the model: there is no posterior to fit")
@@ -97,11 +97,41 @@ def check_latents(
                 f"{guide} takes continuous latents; site {name!r} is discrete. Sum it out: enumerate it with "
                 f"TraceEnum_ELBO and build the guide on pyro.poutine.block(model, hide=[{name!r}])"
             )
+        for frame in site["cond_indep_stack"]:
+            if not frame.vectorized:
+                raise ValueError(
+                    f"site {name!r} stands in a sequential plate, a loop over pyro.plate({frame.name!r}, ...); "
+                    f"{guide} takes vectorized ones: with pyro.plate({frame.name!r}, ...)"
+                )
+    return trace, sites
+
+
+def check_latents(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: str, local: bool = False
+) -> poutine.Trace:
+    """Run the model once and check that its latents are of the kind that a guide takes.
+
+    Args:
+        model: The Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        guide: Name of the guide, for the message.
+        local: Whether the guide is for the local latents of one plate, or for latents that are always all there.
+
+    Returns:
+        The model's trace.
+
+    Raises:
+        ValueError: If a latent stands inside (`local`: outside) a subsampled plate; else as `trace_latents`.
+    """
+    trace, sites = trace_latents(model, args, kwargs, guide)
+    for name, site in sites.items():
         subsampled = [f.name for f in site["cond_indep_stack"] if f.full_size is not None and f.size < f.full_size]
         if subsampled and not local:
             raise ValueError(
                 f"site {name!r} is local to the subsampled plate {subsampled[0]!r}, so that each step sees other "
-                f"latents: {guide} needs them all. Use AmortizedFlow(model, encoder)"
+                f"latents: {guide} needs them all. Give the plate an encoder: AmortizedFlow(model, encoder), or, with "
+                f"global latents too, StructuredFlow(model, {{{subsampled[0]!r}: encoder}})"
             )
     if local:
         plates = {tuple(frame.name for frame in site["cond_indep_stack"]) for site in sites.values()}
@@ -111,9 +141,31 @@ def check_latents(
                 for name, site in sites.items()
             )
             raise ValueError(
-                f"{guide} takes latents that all stand in one plate; got {places}. Give the others a guide of their "
-                "own: AutoGuideList of AutoFlow(poutine.block(model, expose=[...])) and this one, likewise blocked"
+                f"{guide} takes latents that all stand in one plate, and in no other; got {places}. Latents outside "
+                "the plate: StructuredFlow(model, {plate: encoder}). Nested plates: make the inner one an event "
+                "dimension, by .to_event(1)"
             )
+    return trace
+
+
+def has_rows(value: Any, size: int | None) -> bool:
+    """Whether this is a tensor with a row for each of the `size` elements of a plate."""
+    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
+
+
+def _explain_sizes(trace: poutine.Trace, values: tuple[Any, ...], error: Exception) -> None:
+    """Raise a `ValueError` if a model that failed has a subsampled plate, and no data of that plate's size."""
+    rows = [len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0]
+    for name, site in trace.nodes.items():
+        fn = site.get("fn")
+        subsampled = isinstance(fn, _Subsample) and fn.subsample_size not in (None, fn.size)
+        if subsampled and rows and fn.size not in rows:
+            raise ValueError(
+                f"args hold data of {' and '.join(map(str, rows))} rows, on which the model fails: its plate {name!r} "
+                f"has size {fn.size} and subsample_size {fn.subsample_size}. Pass all {fn.size} rows, for the model to "
+                "take those with the plate's indices; or minibatches x, without indexing them, in "
+                f"pyro.plate({name!r}, {fn.size}, subsample_size=len(x))"
+            ) from error
 
 
 class FlowGuide(AutoGuide):

@@ -313,7 +313,9 @@ class FlowSVI:
     ) -> Evaluation:
         """Leave the best block's average or its last state in the guide, whichever is better; return its evaluation."""
         found = []
+        same = random_state()  # on the same draws and minibatches, whose noise may hide the difference
         for candidate in fit.best:
+            set_random_state(same)
             write(candidate, params)
             found.append(self._evaluate(fit.best_evaluation.step, ranks, args, kwargs))
         chosen = int(found[1].elbo > found[0].elbo)
