@@ -19,14 +19,15 @@ class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
     r"""Guide for global and local latents, `q(theta) prod_n q(z_n | x_n, theta)`.
 
     `q(theta)` is an `AutoFlow` over the latents outside the plates that have an encoder. Each such plate has an
-    `AmortizedFlow`, whose context depends on the globals too: with u the globals in the whitened coordinates of their
-    affine layer, `u = (theta - loc) / scale` on the real line, roughly standard normal, and N the plate's size,
+    `AmortizedFlow`, whose context depends on the globals too: with u the base point of the globals' flow, standard
+    normal at every moment of a fit, and N the plate's size,
 
         c_n = e_n + J(e_n) u / sqrt(N),    e_n = encoder(x_n),    J(e) a matrix linear in e that starts at zero.
 
     So the locals follow the globals, as they do in the posterior: with locals that do not, `q(theta)` would be as
-    narrow as the posterior of theta *given* the locals. What a datum says about how its latents follow is first order
-    in u, which is enough where many rows determine the globals.
+    narrow as the posterior of theta *given* the locals. The context is of first order in u, which is exact where the
+    posterior is normal, as it is nearly where many rows determine the globals. To score a draw takes the inverse of the
+    globals' flow: cheap for couplings, `dim` passes for an autoregressive flow.
 
     The guide is a list (Pyro's `AutoGuideList`): `guide[0]` is the `AutoFlow` over the globals alone, whose
     `sample_posterior`, `median` and `quantiles` need no data; then the guides of the plates, in `encoders`' order.
@@ -90,7 +91,7 @@ class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
         global_guide, *local_guides = self
         with poutine.trace() as capture:
             values: dict[str, Tensor] = global_guide(*args, **kwargs)
-        given = self._whitened(capture.trace.nodes[f"_{global_guide._pyro_name}_latent"]["value"])
+        given = self._base_point(capture.trace.nodes[f"_{global_guide._pyro_name}_latent"]["value"])
         for guide in local_guides:
             values.update(guide(given, *args, **kwargs))
         return values
@@ -100,16 +101,16 @@ class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
         global_guide, *local_guides = self
 
         def conditional(latent: Tensor) -> tuple[FlowDistribution, ...]:
-            given = self._whitened(latent)
+            given = self._base_point(latent)
             return tuple(guide.get_posterior(guide.align(given), *args, **kwargs) for guide in local_guides)
 
         return Joint(global_guide.get_posterior(), conditional)
 
-    def _whitened(self, latent: Tensor) -> Tensor:
-        # Always by the inverse, also of a draw whose coordinates are known: a draw and its rescoring at fixed values
-        # then see one function of the latents and the parameters, and gradients are those of the density.
-        coordinates: Tensor = self[0].flow.flows[-1].inverse_and_log_det(latent)[0]
-        return coordinates
+    def _base_point(self, latent: Tensor) -> Tensor:
+        # Always by the inverse, also of a draw whose base point is known: a draw and its rescoring at fixed values then
+        # see one function of the latents and the parameters, and gradients are those of the density.
+        point: Tensor = self[0].flow.inverse_and_log_det(latent)[0]
+        return point
 
     def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
         super()._ensure_prototype(*args, **kwargs)
@@ -174,7 +175,7 @@ class Joint(NamedTuple):
 
 
 class _LocalFlow(AmortizedFlow):
-    """An `AmortizedFlow` that is given the globals' whitened coordinates, before the model's arguments."""
+    """An `AmortizedFlow` that is given the globals' base point, before the model's arguments."""
 
     def align(self, given: Tensor) -> Tensor:
         """Put dimensions for the plate, and those to its right, between those of draws and the coordinates."""
