@@ -27,6 +27,8 @@ from pyro_nf.tracing import Particle, Program, log_prob_sum
 _MAX_RUN_SKIPPED = 100
 # Normals that are drawn at once, for many steps of a small model.
 _MAX_NOISE = 2**22
+# Minibatches of the first evaluation and the last ones, whose steps are plain and so slow.
+_MAX_EVAL_BATCHES = 100
 # Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
@@ -216,6 +218,10 @@ class FlowSVI:
                 steps = execution.steps(state, particles, args, kwargs, fixed)
                 noise = max(1, particles * self.program.structure(args, kwargs).noise_dim)
                 at_once = max(1, _MAX_NOISE // noise // MAX_UNROLL) * MAX_UNROLL if fixed else 1
+                # Whole epochs, where there is room: the noise of their minibatches cancels in a block's average.
+                subsamples = self.program.structure(args, kwargs).subsamples.values()
+                epoch = max((size // part * MAX_UNROLL for size, part in subsamples), default=1)
+                at_once = at_once // epoch * epoch or at_once
                 now, rates = rates.tensor_split((at_once,))
                 state, elbos = steps(state, now, self.program.draw(particles, args, kwargs, len(now)))
                 values.append(elbos)
@@ -335,7 +341,8 @@ class FlowSVI:
             # Draws of one minibatch share its noise: the minibatches are what is averaged.
             particles = ranks.share(self.num_particles)
             with torch.no_grad():
-                batches = [self.program.draw(particles, args, kwargs) for _ in range(self.eval_every)]
+                number = min(self.eval_every, _MAX_EVAL_BATCHES)
+                batches = [self.program.draw(particles, args, kwargs) for _ in range(number)]
                 values = torch.stack([self.program.map(elbo, draws, args, kwargs)["elbo"].mean() for draws in batches])
         mean = ranks.mean(values.mean())
         variance = ranks.mean((values - mean).square().mean())
