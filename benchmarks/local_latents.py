@@ -4,9 +4,12 @@ python benchmarks/local_latents.py [--rows 100000] [--memory] [--json results.js
 
 Each row has a latent effect and two observations, `y_n1, y_n2 ~ N(alpha + beta x_n + z_n, sigma)`, `z_n ~ N(0, tau)`.
 NUTS runs on the same model with every z_n integrated out, `mean(y_n) ~ N(alpha + beta x_n, sqrt(tau^2 + sigma^2 / 2))`
-and `y_n1 - y_n2 ~ N(0, sqrt(2) sigma)`: exactly the same posterior of alpha, beta, tau and sigma. `--memory` fits a few
-hundred steps to 1,000 up to 1,000,000 rows, in minibatches of 500, each in a process of its own, and prints by how much
-its memory grew at the peak, data aside.
+and `y_n1 - y_n2 ~ N(0, sqrt(2) sigma)`: exactly the same posterior of alpha, beta, tau and sigma.
+
+The posterior is narrow and a minibatch's gradient noisy (ten posterior sds a step, for a hundredth of the rows), so the
+fit goes in `--stages`, each from where the last one ended, with larger minibatches and a lower rate. `--memory` fits a
+few hundred steps to 1,000 up to 1,000,000 rows, in minibatches of 500, each in a process of its own, and prints by how
+much its memory grew at the peak, data aside.
 """
 
 import argparse
@@ -77,22 +80,26 @@ class Encoder(torch.nn.Module):
 
 
 def fit(data, options):
-    """Fit the guide and return it with the result."""
+    """Fit the guide, stage by stage, and return it with the results."""
     pyro.set_rng_seed(options.seed)
     pyro.clear_param_store()
-    guide = StructuredFlow(model, {"rows": Encoder()}, options.flow, local_flow=options.local_flow, init_scale=0.01)
-    svi = FlowSVI(
-        model,
-        guide,
-        num_particles=options.particles,
-        learning_rate=options.learning_rate,
-        max_steps=options.max_steps,
-        eval_every=options.eval_every,
-        seed=options.seed,
-        compile=options.compile,
-        progress=options.progress,
-    )
-    return guide, svi.run(*data, batch_size=options.batch_size)
+    guide = StructuredFlow(model, {"rows": Encoder()}, "linear_iaf", local_flow="linear_iaf", init_scale=0.01)
+    results = []
+    for batch_size, learning_rate, max_steps, eval_every in options.stages:
+        svi = FlowSVI(
+            model,
+            guide,
+            num_particles=options.particles,
+            learning_rate=learning_rate,
+            max_steps=max_steps,
+            eval_every=eval_every,
+            seed=options.seed,
+            compile=options.compile,
+            progress=options.progress,
+        )
+        results.append(svi.run(*data, batch_size=batch_size))
+        print(f"minibatches of {batch_size}: {results[-1]}; {results[-1].compile_seconds:.0f} s to compile", flush=True)
+    return guide, results
 
 
 def full_batch(data, options):
@@ -113,11 +120,8 @@ def compare(options):
     start = time.perf_counter()
     exact, diagnostics = full_batch(data, options)
     seconds = time.perf_counter() - start
-    guide, result = fit(data, options)
-    print(f"NUTS, {options.draws} draws: {seconds:.0f} s")
-    print(
-        f"minibatches of {options.batch_size}: {result}; {result.execution}, {result.compile_seconds:.0f} s to compile"
-    )
+    print(f"NUTS, {options.draws} draws: {seconds:.0f} s", flush=True)
+    guide, _ = fit(data, options)
     found = guide[0].sample_posterior(100_000)
     rows = []
     for name in TRUTH:
@@ -141,7 +145,7 @@ def peak_memory(rows, options):
     """Fit a few steps to so many rows and return the growth of the process's memory, in MB, the data aside."""
     data = simulate(rows)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    options.max_steps, options.compile, options.eval_every, options.particles = 200, False, 100, 4
+    options.stages, options.compile = [(500, 0.005, 200, 100)], False
     fit(data, options)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before / 2**20
 
@@ -149,16 +153,17 @@ def peak_memory(rows, options):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--batch-size", type=int, default=1000)
-    parser.add_argument("--particles", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=0.005)
-    parser.add_argument("--max-steps", type=int, default=9000)
-    parser.add_argument("--eval-every", type=int, default=1000, help="a whole number of epochs")
+    parser.add_argument("--particles", type=int, default=4)
+    parser.add_argument(
+        "--stages",
+        type=lambda text: tuple(float(number) if "." in number else int(number) for number in text.split(",")),
+        nargs="+",
+        default=[(1000, 0.01, 3000, 1000), (5000, 0.001, 3000, 1000), (20_000, 0.0003, 2000, 1000)],
+        help="batch size, learning rate, steps, steps of a block (a whole number of epochs), with commas between",
+    )
     parser.add_argument("--draws", type=int, default=2000, help="of NUTS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", dest="compile", action="store_false", help="do not compile")
-    parser.add_argument("--flow", default="linear_iaf", help="of the globals")
-    parser.add_argument("--local-flow", default="linear_iaf")
     parser.add_argument("--progress", action="store_true")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--memory-of", type=int, help=argparse.SUPPRESS)
@@ -171,7 +176,7 @@ def main():
     if options.memory:
         table = []
         for size in (1000, 10_000, 100_000, 1_000_000):
-            command = [sys.executable, __file__, "--memory-of", str(size), "--batch-size", "500"]
+            command = [sys.executable, __file__, "--memory-of", str(size)]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             table.append({"rows": size, "peak memory, MB": float(output)})
     else:

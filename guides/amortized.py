@@ -14,7 +14,7 @@ from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Sequential
 from pyro_nf.guides.bases import NormalBase
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents, has_rows
-from pyro_nf.guides.supports import bijection
+from pyro_nf.supports import bijection
 from pyro_nf.tracing import signature
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -15,13 +15,15 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_nf.coordinates import model_log_density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, LowerTriangularAffine, Sequential
 from pyro_nf.guides.bases import BaseLike, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
 from pyro_nf.guides.mixture import MixtureBase
-from pyro_nf.guides.starts import Starts, find_starts, starting_points
-from pyro_nf.guides.supports import bijection
+from pyro_nf.modes import Starts, find_starts, starting_points
+from pyro_nf.supports import bijection
+from pyro_nf.tracing import Program
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
 _FULL_RANK_DIM = 500
@@ -155,9 +157,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 f"warm_start takes up to {_FULL_RANK_DIM} coordinates, for it needs their whole Hessian; "
                 f"the model has {self.latent_dim}"
             )
-        log_density, posterior = self._log_density(args, kwargs), self.get_posterior()
+        model, posterior = self._plain_model[0], self.get_posterior()
+        log_density = model_log_density(model, args, kwargs, Program(model, self).draw(1, args, kwargs).indices)
         affine: Any = self.flow.flows[-1]
-        starts = find_starts(log_density, posterior, starting_points(affine.params.loc.detach(), num_starts))
+        here = affine.params.loc.detach()
+        points = torch.cat([here[None], starting_points(num_starts - 1, here)])
+        starts = find_starts(log_density, posterior, points)
         if starts.modes:
             best = starts.modes[0]
             affine.assign(best.loc, best.scale_tril)

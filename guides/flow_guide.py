@@ -18,8 +18,8 @@ from torch.distributions import register_kl
 
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
-from pyro_nf.guides.supports import bijection
-from pyro_nf.tracing import Program, SharedSubsamples, is_latent, log_prob_sum, run_model
+from pyro_nf.supports import bijection
+from pyro_nf.tracing import is_latent
 
 # Draws behind medians and quantiles: a median's error is 1.25 / sqrt(10,000) = 1.25% of a standard deviation.
 _QUANTILE_DRAWS = 10_000
@@ -272,23 +272,6 @@ class FlowGuide(AutoGuide):
             parts = [part.quantile(levels.reshape(-1), 0) for part in value.reshape(len(value), -1).split(1000, 1)]
             result[name] = torch.cat(parts, 1).reshape((*levels.shape, *value.shape[1:]))
         return result
-
-    def _log_density(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[Tensor], Tensor]:
-        """The model's log density over the unconstrained coordinates; of one minibatch, where a plate is subsampled."""
-        model = self._plain_model[0]
-        indices = Program(model, self).draw(1, args, kwargs).indices
-
-        def log_density(latent: Tensor) -> Tensor:
-            latents, log_det = poutine.Trace(), latent.new_zeros(())
-            for site, value, one in self._constrained(latent):
-                latents.add_node(
-                    site["name"], name=site["name"], type="sample", value=value, is_observed=False, infer={}
-                )
-                log_det = log_det + one.sum()
-            with SharedSubsamples(indices), pyro.validation_enabled(False):
-                return log_det + log_prob_sum(run_model(model, latents, args, kwargs))
-
-        return log_density
 
     def _pack_latent(self, parts: list[Tensor]) -> Tensor:
         raise NotImplementedError

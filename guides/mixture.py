@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_nf.flows import Flow, LowerTriangularAffine
-from pyro_nf.guides.starts import Mode
+from pyro_nf.modes import Mode
 
 # How far from 0 components start, in standard deviations: enough for each to find a way of its own.
 _SPREAD = 2.0

@@ -8,7 +8,7 @@ random is an argument: normal noise and the indices of subsampled plates are dra
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -109,12 +109,18 @@ class Program:
     ) -> Draws:
         """Draw what `num_particles` particles need: once, or stacked for `num_steps` runs.
 
-        Runs that follow one another take their minibatches from one permutation while it lasts, as epochs do.
+        Runs that follow one another take their minibatches from one permutation while it lasts, as epochs do. Where a
+        plate is subsampled, the noise comes in pairs of opposite signs.
         """
         structure = self.structure(args, kwargs)
         steps = () if num_steps is None else (num_steps,)
         like = structure.noise_like
-        noise = torch.randn(*steps, num_particles, structure.noise_dim, dtype=like.dtype, device=like.device)
+        # A minibatch's error is common to its particles, and multiplies their mean noise in the gradients of scales:
+        # pairs of opposite signs have none.
+        pairs = -(-num_particles // 2) if structure.subsamples else num_particles
+        noise = torch.randn(*steps, pairs, structure.noise_dim, dtype=like.dtype, device=like.device)
+        if pairs < num_particles:
+            noise = torch.cat([noise, -noise], -2)[..., :num_particles, :]
         indices = {
             name: _minibatches(size, part, num_steps or 1, like.device).view(*steps, part)
             for name, (size, part) in structure.subsamples.items()
@@ -165,14 +171,19 @@ class Program:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """`map` without gradients, in bounded memory: as many draws at once as make some millions of numbers."""
+        """`map` without gradients, in bounded memory: over `chunks`."""
+        chunks = self.chunks(num_particles, args, kwargs)
+        with torch.no_grad():
+            parts = [self.map(extract, draws, args, kwargs) for draws in chunks]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def chunks(self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Draws]:
+        """Yield the draws of `num_particles`, as many at once as make some millions of numbers."""
         sites = self.structure(args, kwargs).particle.model.nodes.values()
         numbers = sum(site["value"].numel() for site in sites if is_latent(site) or is_data(site))
         chunk_size = max(1, min(_MAX_CHUNK, _MAX_NUMBERS // max(numbers, 1)))
-        sizes = [min(chunk_size, num_particles - start) for start in range(0, num_particles, chunk_size)]
-        with torch.no_grad():
-            parts = [self.map(extract, self.draw(size, args, kwargs), args, kwargs) for size in sizes]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        for start in range(0, num_particles, chunk_size):
+            yield self.draw(min(chunk_size, num_particles - start), args, kwargs)
 
     def rescored(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
         r"""Run the guide on the particle's draw held fixed: its density's gradient is the score, d log q / d phi."""
@@ -289,7 +300,11 @@ def run_model(
     model: Callable[..., Any], latents: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> poutine.Trace:
     """Run a model on the latents of a trace; return its trace."""
-    trace = poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs)
+    return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
+
+
+def fill_masked(trace: poutine.Trace) -> poutine.Trace:
+    """Put values of the support where a model's data are NaN and masked, and return the trace."""
     for site in trace.nodes.values():
         if is_data(site) and isinstance(site["mask"], Tensor):
             site["value"] = _without_masked_nan(site["value"], site["mask"], site["fn"])
@@ -348,7 +363,12 @@ def score_sites(trace: poutine.Trace) -> list[str]:
 
 def is_data(site: dict[str, Any]) -> bool:
     """Whether a site of a trace is observed data (not a deterministic, which Pyro also marks as observed)."""
-    return site["type"] == "sample" and site["is_observed"] and not site["infer"].get("_deterministic", False)
+    return site["type"] == "sample" and site["is_observed"] and not is_deterministic(site)
+
+
+def is_deterministic(site: dict[str, Any]) -> bool:
+    """Whether a site of a trace is a `pyro.deterministic`."""
+    return site["type"] == "sample" and bool(site["infer"].get("_deterministic", False))
 
 
 def is_latent(site: dict[str, Any]) -> bool:

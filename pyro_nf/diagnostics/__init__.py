@@ -1,7 +1,18 @@
-"""Diagnostics: can this posterior be trusted, and how to take it to ArviZ."""
+"""Diagnostics: can this posterior be trusted, how to correct it, and how to take it to ArviZ."""
 
 from pyro_nf.diagnostics.arviz_bridge import to_arviz
+from pyro_nf.diagnostics.comparison import compare
+from pyro_nf.diagnostics.correction import CorrectedPosterior, corrected_posterior
+from pyro_nf.diagnostics.diagnosis import Diagnosis, diagnose
 from pyro_nf.diagnostics.local import LocalEvidence, local_evidence
-from pyro_nf.diagnostics.weights import Diagnosis, diagnose
 
-__all__ = ["Diagnosis", "LocalEvidence", "diagnose", "local_evidence", "to_arviz"]
+__all__ = [
+    "CorrectedPosterior",
+    "Diagnosis",
+    "LocalEvidence",
+    "compare",
+    "corrected_posterior",
+    "diagnose",
+    "local_evidence",
+    "to_arviz",
+]

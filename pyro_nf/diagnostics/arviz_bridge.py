@@ -8,8 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pyro_nf.diagnostics.weights import judge, log_densities, pareto_smooth, require_whole_data
-from pyro_nf.tracing import Particle, Program, is_data, is_latent
+from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
 
 Array = npt.NDArray[Any]
 
@@ -59,7 +60,7 @@ def to_arviz(
     program = Program(model, guide)
     require_whole_data(program, args, kwargs)
     sites = program.structure(args, kwargs).particle.model.nodes
-    posterior = [name for name, site in sites.items() if is_latent(site) or _is_deterministic(site)]
+    posterior = [name for name, site in sites.items() if is_latent(site) or is_deterministic(site)]
     observed = [name for name, site in sites.items() if is_data(site)]
 
     def extract(particle: Particle) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def to_arviz(
     groups["sample_stats"]["log_weight"] = pareto_smooth(log_weights[0])[0][None]
     dims, coords = _dims(sites, {*posterior, *observed})
     data = _from_dict({group: values for group, values in groups.items() if values}, dims, coords)
-    diagnosis = dataclasses.asdict(judge(log_weights))
+    diagnosis = dataclasses.asdict(judge(summarise(log_weights)))
     # NetCDF attributes are numbers and strings.
     diagnosis |= {"reliable": int(diagnosis["reliable"]), "reasons": "; ".join(diagnosis["reasons"])}
     data["sample_stats"].attrs.update(diagnosis)
@@ -109,10 +110,6 @@ def _dims(sites: Mapping[str, Any], names: set[str]) -> tuple[dict[str, list[str
                 coords[frame.name] = np.arange(frame.size)
         dims[name] = labels
     return dims, coords
-
-
-def _is_deterministic(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and bool(site["infer"].get("_deterministic", False))
 
 
 def _numpy(value: Tensor) -> Array:

@@ -42,8 +42,18 @@ class Progress:
 
     @property
     def best_evaluation(self) -> Evaluation:
-        """The highest ELBO on the way; the latest of equal ones."""
-        return max(reversed(self.evaluations), key=lambda evaluation: evaluation.elbo)
+        """The latest ELBO that was not below the highest until then by more than its Monte Carlo error explains.
+
+        The highest of many noisy ones would be there by chance, at an early step perhaps.
+        """
+        best = highest = self.evaluations[0]
+        for evaluation in self.evaluations:
+            highest = max(highest, evaluation, key=lambda e: e.elbo)
+            # This evaluation is taken to be as precise: where fits explode, errors do too.
+            noise = 2 * math.sqrt(2) * highest.mcse
+            if evaluation is highest or (math.isfinite(evaluation.elbo) and highest.elbo - evaluation.elbo <= noise):
+                best = evaluation
+        return best
 
     def scatter(self, num_particles: int) -> float:
         """Standard deviation of the draws of a step about their block's mean, in the block where it was smallest."""

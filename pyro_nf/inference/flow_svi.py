@@ -292,6 +292,10 @@ class FlowSVI:
             starts=starts,
             history=torch.cat([flat.new_empty(0), *fit.history]),
             evaluations=tuple(fit.evaluations),
+            model=self.program.model,
+            guide=self.program.guide,
+            args=args if fixed else None,
+            kwargs=kwargs if fixed else {},
         )
 
     def _find_rate(self, advance: Callable[[State, Tensor], tuple[State, Tensor]], state: State) -> float:

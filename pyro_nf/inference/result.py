@@ -1,5 +1,6 @@
 """What a fit returns."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -35,6 +36,10 @@ class FitResult:
         starts: What the guide's warm start found, `None` without one; `print` says so where starts disagree.
         history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The evaluations on the way, one for each `eval_every` steps.
+        model: The model that was fitted.
+        guide: Its guide.
+        args: The model's arguments, `None` where they were minibatches.
+        kwargs: Its keyword arguments.
     """
 
     elbo: float
@@ -53,6 +58,10 @@ class FitResult:
     starts: Any
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
+    model: Callable[..., Any] = field(repr=False)
+    guide: Callable[..., Any] = field(repr=False)
+    args: tuple[Any, ...] | None = field(repr=False)
+    kwargs: dict[str, Any] = field(repr=False)
 
     def __str__(self) -> str:
         """One line for people."""

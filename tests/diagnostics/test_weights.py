@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pyro_nf.diagnostics import diagnose, local_evidence
-from pyro_nf.diagnostics.weights import judge, pareto_smooth
+from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.weights import pareto_smooth, summarise
 from pyro_nf.guides import AmortizedFlow, AutoFlow
 from pyro_nf.networks import MLP
 
@@ -84,7 +85,7 @@ def test_khat_is_the_tails_shape():
     for k in (0.3, 0.6, 0.9):
         smoothed, khat = pareto_smooth(k * exponential)
         assert khat == pytest.approx(k, abs=0.08)
-        assert judge((k * exponential)[None]).khat == khat
+        assert summarise((k * exponential)[None]).khat == khat
         assert np.exp(smoothed).sum() == pytest.approx(1.0)
 
 
@@ -105,9 +106,9 @@ def test_bad_input_gets_a_sentence():
     with pytest.raises(ValueError, match="num_samples must be at least 100"):
         diagnose(conjugate, normal_guide(), Y, num_samples=10)
     with pytest.raises(ValueError, match="5 draws have a NaN"):
-        judge(np.where(np.arange(200) < 5, np.nan, 0.0)[None])
+        judge(summarise(np.where(np.arange(200) < 5, np.nan, 0.0)[None]))
     with pytest.raises(ValueError, match="no draw of the guide has a finite weight"):
-        judge(np.full((2, 200), -np.inf))
+        judge(summarise(np.full((2, 200), -np.inf)))
     with pytest.raises(ValueError, match="all stand in one plate; got 'mu' in no plate"):
         local_evidence(conjugate, normal_guide(), Y)
 

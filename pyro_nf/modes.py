@@ -1,7 +1,6 @@
-"""Where a fit begins: modes of the posterior, found by several runs of L-BFGS, with a normal around each."""
+"""Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,10 +8,8 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
+from pyro_nf.coordinates import LogDensity
 from pyro_nf.distributions import FlowDistribution
-
-LogDensity = Callable[[Tensor], Tensor]
-"""`(dim,) -> ()`, over the unconstrained latents."""
 
 # Starting points lie in this cube, as Stan's do.
 _RADIUS = 2.0
@@ -83,29 +80,38 @@ def find_starts(log_density: LogDensity, posterior: FlowDistribution, points: Te
         points: Where to start, `(num_runs, dim)`.
     """
     draws = posterior.sample((_NUM_DRAWS,))
-    before = _mean(_at(log_density, draws) - posterior.log_prob(draws))
+    before = _mean(at(log_density, draws) - posterior.log_prob(draws))
+    found = find_modes(log_density, points)
+    kept = [mode for mode in found if mode.elbo > max(before, found[0].elbo + math.log(_NEGLIGIBLE))]
+    shares = torch.tensor([mode.elbo for mode in kept], dtype=torch.float64).softmax(0).tolist()
+    return Starts(tuple(kept), tuple(shares), before, len(points))
+
+
+def find_modes(log_density: LogDensity, points: Tensor) -> list[Mode]:
+    """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first."""
     found: list[Mode] = []
     for point in points:
         loc = _climb(log_density, point)
         scale_tril = None if loc is None else _scale_tril(log_density, loc)
         if loc is None or scale_tril is None:
             continue
-        same = [i for i, mode in enumerate(found) if _distance(mode, loc) < _SAME_MODE]
+        same = [i for i, mode in enumerate(found) if distance(mode, loc) < _SAME_MODE]
         if same:
             found[same[0]] = found[same[0]]._replace(num_runs=found[same[0]].num_runs + 1)
         else:
             found.append(Mode(loc, scale_tril, _elbo(log_density, loc, scale_tril), 1))
-    highest = max([mode.elbo for mode in found], default=-math.inf)
-    kept = [mode for mode in found if mode.elbo > max(before, highest + math.log(_NEGLIGIBLE))]
-    kept.sort(key=lambda mode: -mode.elbo)
-    shares = torch.tensor([mode.elbo for mode in kept], dtype=torch.float64).softmax(0).tolist()
-    return Starts(tuple(kept), tuple(shares), before, len(points))
+    return sorted(found, key=lambda mode: -mode.elbo)
 
 
-def starting_points(first: Tensor, num_runs: int) -> Tensor:
-    """Return `first` and uniform points in the cube from -2 to 2."""
-    others = _RADIUS * (2 * torch.rand(num_runs - 1, len(first), dtype=first.dtype, device=first.device) - 1)
-    return torch.cat([first[None], others])
+def starting_points(num_points: int, like: Tensor) -> Tensor:
+    """Return uniform points in the cube from -2 to 2, in pairs `x, -x`: to each side of the origin as many.
+
+    Args:
+        num_points: How many.
+        like: A point, `(dim,)`.
+    """
+    points = _RADIUS * (2 * torch.rand(-(-num_points // 2), len(like), dtype=like.dtype, device=like.device) - 1)
+    return torch.stack([points, -points], 1).flatten(0, 1)[:num_points]
 
 
 def _climb(log_density: LogDensity, point: Tensor) -> Tensor | None:
@@ -137,20 +143,24 @@ def _scale_tril(log_density: LogDensity, loc: Tensor) -> Tensor | None:
     return scale_tril
 
 
-def _distance(mode: Mode, point: Tensor) -> float:
-    """Root mean square of the difference, in the mode's standard deviations."""
-    whitened = torch.linalg.solve_triangular(mode.scale_tril, (point - mode.loc)[:, None], upper=False)
-    return float(whitened.square().mean().sqrt())
+def distance(mode: Mode, points: Tensor) -> Tensor:
+    """Root mean square over the coordinates of how far `(*batch, dim)` is from a mode, in its standard deviations."""
+    whitened = torch.linalg.solve_triangular(mode.scale_tril, (points - mode.loc)[..., None], upper=False)
+    result: Tensor = whitened[..., 0].square().mean(-1).sqrt()
+    return result
 
 
 def _elbo(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> float:
     noise = torch.randn(_NUM_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
-    entropy = 0.5 * len(loc) * (1 + math.log(2 * math.pi)) + scale_tril.diagonal().log().sum()
-    return _mean(_at(log_density, loc + noise @ scale_tril.mT) + entropy)
+    # With the draws' own density, not its mean, the entropy: what is normal has no Monte Carlo error then.
+    log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
+    return _mean(at(log_density, loc + noise @ scale_tril.mT) - log_q)
 
 
-def _at(log_density: LogDensity, points: Tensor) -> Tensor:
-    return torch.func.vmap(log_density, chunk_size=_CHUNK, randomness="different")(points)
+def at(log_density: LogDensity, points: Tensor) -> Tensor:
+    """Return the log density at each of `(num_points, dim)`."""
+    values: Tensor = torch.func.vmap(log_density, chunk_size=_CHUNK, randomness="different")(points)
+    return values
 
 
 def _mean(values: Tensor) -> float:

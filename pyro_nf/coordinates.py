@@ -1,0 +1,85 @@
+"""A model's latents as one vector on the real line, and the log density there."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_nf.supports import bijection
+from pyro_nf.tracing import SharedSubsamples, fill_masked, is_latent, log_prob_sum
+
+LogDensity = Callable[[Tensor], Tensor]
+"""`(dim,) -> ()`, over a model's coordinates."""
+
+
+def coordinates(trace: poutine.Trace) -> Tensor:
+    """Return the latents of a model's trace through the bijections of their supports, side by side, `(dim,)`.
+
+    Raises:
+        ValueError: If a latent is discrete, or its support has no bijection.
+    """
+    sites = [site for site in trace.nodes.values() if is_latent(site)]
+    for site in sites:
+        if site["fn"].support.is_discrete:
+            raise ValueError(f"coordinates are of continuous latents; site {site['name']!r} is discrete")
+    return torch.cat([bijection(site).inv(site["value"]).reshape(-1) for site in sites])
+
+
+def coordinate_names(trace: poutine.Trace) -> list[str]:
+    """Return a name for each coordinate: `mu`, `theta[0]`, `theta[1]`, ..., counted along the site's entries."""
+    names = []
+    for name, site in trace.nodes.items():
+        if is_latent(site):
+            size = bijection(site).inverse_shape(site["value"].shape).numel()
+            scalar = site["value"].dim() == 0
+            names += [name] if scalar else [f"{name}[{i}]" for i in range(size)]
+    return names
+
+
+def model_log_density(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Tensor] | None = None
+) -> LogDensity:
+    r"""Return `log p(x, z(u)) + log|det dz/du|` as a function of the coordinates u.
+
+    Args:
+        model: The Pyro model.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        indices: Those of subsampled plates, as `Program.draw` gives them.
+    """
+
+    def log_density(point: Tensor) -> Tensor:
+        place = _AtPoint(point)
+        with pyro.validation_enabled(False):  # its checks of values cannot be batched
+            with SharedSubsamples(indices or {}), poutine.trace() as capture, place:
+                model(*args, **kwargs)
+            return place.log_det + log_prob_sum(fill_masked(capture.trace))
+
+    return log_density
+
+
+class _AtPoint(Messenger):
+    """Give each latent its value at a point, the coordinates being taken in the order in which the latents come.
+
+    Attributes:
+        log_det: Log-determinant of the map from the coordinates taken so far to the latents.
+    """
+
+    def __init__(self, point: Tensor) -> None:
+        super().__init__()
+        self.point, self.used, self.log_det = point, 0, point.new_zeros(())
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
+            return
+        to_support = bijection(msg)
+        shape = to_support.inverse_shape(msg["fn"].shape())
+        part = self.point[self.used : self.used + shape.numel()].reshape(shape)
+        self.used += shape.numel()
+        msg["value"], msg["done"] = to_support(part), True
+        self.log_det = self.log_det + to_support.log_abs_det_jacobian(part, msg["value"]).sum()

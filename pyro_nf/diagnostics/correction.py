@@ -1,0 +1,217 @@
+"""Draws of the posterior itself, made from a guide's draws and their importance weights."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_nf.coordinates import coordinates
+from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
+
+Method = Literal["resample", "psis", "imh"]
+
+
+@dataclass(frozen=True)
+class CorrectedPosterior:
+    """Draws of the posterior, as far as a guide's weights can correct them.
+
+    Attributes:
+        draws: `{site: (num_samples, *shape)}` of the latent and deterministic sites.
+        log_weights: Their normalised log weights, `(num_samples,)`: all equal unless `method` is "psis".
+        method: How they were made.
+        khat: Pareto shape of the proposals' weights.
+        ess: Effective number of the proposals.
+        acceptance_rate: Share of the proposals that the chain moved to; NaN unless `method` is "imh".
+    """
+
+    draws: dict[str, Tensor]
+    log_weights: Tensor
+    method: str
+    khat: float
+    ess: float
+    acceptance_rate: float
+
+    def __str__(self) -> str:
+        """One line for people."""
+        chain = f", {100 * self.acceptance_rate:.0f}% accepted" if self.method == "imh" else ""
+        return f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
+
+
+def corrected_posterior(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    method: Method = "resample",
+    num_samples: int = 4000,
+    num_proposals: int | None = None,
+    proposal_df: float | None = None,
+    **kwargs: Any,
+) -> CorrectedPosterior:
+    r"""Correct a guide's draws by their importance weights `w = p(x, z) / q(z)`.
+
+    - `"resample"`: some of many draws, each as often as its Pareto-smoothed weight says (systematic resampling):
+      equally weighted draws, for whatever comes next.
+    - `"psis"`: the draws as they are, with Pareto-smoothed weights: for means and other expectations, the least noise.
+    - `"imh"`: an independence Metropolis chain that accepts the guide's next draw with probability
+      `min(1, w' / w)`, thinned to `num_samples`; it starts at a resampled draw. Unsmoothed, so exact in the long run.
+
+    None of them finds what the guide does not cover: `diagnose` first.
+
+    Args:
+        model: The Pyro model.
+        guide: Its fitted guide: ours, Pyro's or hand-written.
+        *args: The model's arguments: all the data, nothing subsampled.
+        method: "resample", "psis" or "imh".
+        num_samples: Draws to return.
+        num_proposals: Draws of the guide; by default ten times `num_samples`, and `num_samples` for "psis", where the
+            two are the same.
+        proposal_df: Propose from the guide with the normals that it is made of replaced by Student-t's of so many
+            degrees of freedom (10, say): a guide with too light tails then has weights that are bounded, for a few
+            percent of the effective draws. For guides that are a bijection of normals, one for each coordinate.
+        **kwargs: The model's keyword arguments.
+
+    Raises:
+        ValueError: If weights cannot help, because k-hat is not below its threshold or there are fewer than 100
+            effective draws; if an option is out of range, a plate is subsampled, or `proposal_df` is given for another
+            kind of guide.
+
+    References:
+        Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72); Tierney (1994), "Markov chains for
+        exploring posterior distributions", section 2.3.3.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.diagnostics import corrected_posterior
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.0, 1.0))
+        >>> def guide():
+        ...     pyro.sample("z", dist.Normal(0.3, 1.2))
+        >>> _ = torch.manual_seed(0)
+        >>> corrected = corrected_posterior(model, guide)
+        >>> abs(float(corrected.draws["z"].mean())) < 0.1
+        True
+    """
+    if method not in get_args(Method):
+        raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
+    if num_proposals is None:
+        num_proposals = num_samples if method == "psis" else 10 * num_samples
+    if not (1 <= num_samples <= num_proposals and num_proposals >= 100):
+        raise ValueError(
+            "num_samples must be positive and at most num_proposals, which is at least 100; "
+            f"got {num_samples} and {num_proposals}"
+        )
+    if method == "psis" and num_samples != num_proposals:
+        raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
+    program = Program(model, guide)
+    require_whole_data(program, args, kwargs)
+    sites, log_weights = _propose(program, num_proposals, proposal_df, args, kwargs)
+    summary = summarise(log_weights[None])
+    judged = judge(summary)
+    if not judged.reliable:
+        raise ValueError(f"importance weights cannot correct this guide: {'; '.join(judged.reasons)}")
+    smoothed = pareto_smooth(log_weights)[0]
+    acceptance_rate = math.nan
+    equal = np.full(num_samples, -math.log(num_samples))
+    if method == "psis":
+        index, result = np.arange(num_samples), smoothed
+    elif method == "resample":
+        index, result = _systematic(smoothed, num_samples), equal
+    else:
+        states, acceptance_rate = _chain(log_weights, int(_systematic(smoothed, 1)[0]))
+        index, result = states[np.linspace(0, num_proposals - 1, num_samples).round().astype(int)], equal
+    return CorrectedPosterior(
+        draws={name: value[torch.as_tensor(index, device=value.device)] for name, value in sites.items()},
+        log_weights=torch.as_tensor(result),
+        method=method,
+        khat=summary.khat,
+        ess=summary.ess,
+        acceptance_rate=acceptance_rate,
+    )
+
+
+def _propose(
+    program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[dict[str, Tensor], Floats]:
+    """Return draws, `{site: (number, *shape)}`, and their log weights, `(number,)`."""
+    nodes = program.structure(args, kwargs).particle.model.nodes
+    names = [name for name, site in nodes.items() if is_latent(site) or is_deterministic(site)]
+
+    def extract(particle: Particle) -> dict[str, Tensor]:
+        values = {f"site {name}": torch.as_tensor(particle.model.nodes[name]["value"]) for name in names}
+        return values | log_densities(particle)
+
+    parts = []
+    with torch.no_grad():
+        for draws, log_ratio in _noise(program, number, df, args, kwargs):
+            part = program.map(extract, draws, args, kwargs)
+            part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
+            parts.append(part)
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    log_weights = found.pop("log_w").cpu().numpy()
+    return {name.removeprefix("site "): value for name, value in found.items()}, log_weights
+
+
+def _noise(
+    program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[Draws, Tensor | float]]:
+    """Yield the noise of the proposals, and by how much its log density is above that of the guide's normals."""
+    if df is None:
+        yield from ((draws, 0.0) for draws in program.chunks(number, args, kwargs))
+        return
+    if not df > 0:
+        raise ValueError(f"proposal_df must be positive; got {df!r}")
+    _require_bijection(program, args, kwargs)
+    student, normal = torch.distributions.StudentT(df), torch.distributions.Normal(0.0, 1.0)
+    for draws in program.chunks(number, args, kwargs):
+        # Normals over the root of independent chi-squares over df.
+        chi_square = 2 * torch._standard_gamma(torch.full_like(draws.noise, df / 2))
+        noise = draws.noise * (df / chi_square).sqrt()
+        wide = noise.double()
+        yield draws._replace(noise=noise), (student.log_prob(wide) - normal.log_prob(wide)).sum(-1)
+
+
+def _require_bijection(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise a `ValueError` unless the guide's draws are a function of as many normals as there are coordinates."""
+
+    def extract(particle: Particle) -> dict[str, Tensor]:
+        return {"point": coordinates(particle.model)}
+
+    draws = program.draw(10, args, kwargs)
+    with torch.no_grad():
+        first, again = (program.map(extract, draws, args, kwargs)["point"] for _ in range(2))
+    if first.shape != draws.noise.shape or not torch.equal(first, again):
+        raise ValueError(
+            "proposal_df is for guides that map one normal to each latent coordinate; this one draws "
+            f"{draws.noise.shape[1]} normals for {first.shape[1]} coordinates"
+            + ("" if torch.equal(first, again) else ", and other variables (its base is wide already)")
+        )
+
+
+def _systematic(log_weights: Floats, number: int) -> np.ndarray:
+    """Return indices, each as often as `number` times its weight, rounded up or down at random."""
+    edges = np.exp(log_weights).cumsum()
+    points = (float(torch.rand(())) + np.arange(number)) / number * edges[-1]
+    # In random order, so that any part of the draws is a sample too.
+    index: np.ndarray = np.minimum(edges.searchsorted(points), len(edges) - 1)[torch.randperm(number).numpy()]
+    return index
+
+
+def _chain(log_weights: Floats, state: int) -> tuple[np.ndarray, float]:
+    """Return the states of an independence Metropolis chain over the proposals, and how often it moved."""
+    log_uniform = torch.rand(len(log_weights), dtype=torch.float64).log().numpy()
+    states = np.empty(len(log_weights), dtype=np.int64)
+    moves = 0
+    for proposal, threshold in enumerate(log_uniform):
+        if threshold < log_weights[proposal] - log_weights[state]:
+            state = proposal
+            moves += 1
+        states[proposal] = state
+    return states, moves / len(states)
