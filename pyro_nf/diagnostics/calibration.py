@@ -259,10 +259,10 @@ def _judge(ranks: Ranks, num_samples: int, failures: dict[int, str]) -> Calibrat
         for place, index in enumerate(np.ndindex(p_values.shape)):
             if p_values[index] < threshold:
                 shape = _shape((covered[place] - _LEVELS) / coverage_se)
-                reasons.append(f"{_label(name, index)}: {shape} (ranks not uniform, p = {p_values[index]:.1g})")
+                reasons.append(f"{entry_label(name, index)}: {shape} (ranks not uniform, p = {p_values[index]:.1g})")
             if symmetry[name][index] < threshold:
                 side = "low" if below[place].mean() > 0.5 else "high"
-                reasons.append(f"{_label(name, index)}: draws too {side} (VSBC, p = {symmetry[name][index]:.1g})")
+                reasons.append(f"{entry_label(name, index)}: draws too {side} (VSBC, p = {symmetry[name][index]:.1g})")
     return Calibration(
         ranks=ranks,
         probabilities=probabilities,
@@ -284,7 +284,7 @@ def _each(test: Callable[..., float], values: npt.NDArray[Any], *args: Any) -> F
 
 
 def _uniformity(ranks: Ints, num_samples: int) -> float:
-    """The p-value of a chi-squared test, in bins of ten simulations or more, at most 20."""
+    """The p-value of a chi-squared test, in 4 to 20 bins, of ten simulations each if there are enough."""
     num_bins = min(20, max(4, len(ranks) // 10))
     places = np.bincount(np.arange(num_samples + 1) * num_bins // (num_samples + 1))
     counts = np.bincount(ranks * num_bins // (num_samples + 1), minlength=num_bins)
@@ -306,7 +306,7 @@ def _symmetry(probabilities: Floats) -> float:
     inside[height] = 1.0
     for _ in range(num):
         inside[1:-1] = (inside[:-2] + inside[2:]) / 2
-    return float(1 - inside[1:-1].sum())
+    return max(0.0, float(1 - inside[1:-1].sum()))
 
 
 def _shape(z: Floats) -> str:
@@ -321,5 +321,6 @@ def _level(level: float) -> int:
     return int(np.abs(_LEVELS - level).argmin())
 
 
-def _label(name: str, index: tuple[int, ...]) -> str:
+def entry_label(name: str, index: tuple[int, ...]) -> str:
+    """Name an entry of a site: `theta[0, 1]`."""
     return f"{name}[{', '.join(map(str, index))}]" if index else name

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_nf.diagnostics.calibration import Calibration
+from pyro_nf.diagnostics.calibration import Calibration, entry_label
 from pyro_nf.diagnostics.weights import Floats, judge, pareto_smooth
 from pyro_nf.flows import Flow, Sequential
 
@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 _MAX_POINTS = 1000
 # Shares of each tail that lie outside of a pair plot.
 _OUTSIDE = 0.005
+# Panels of a row.
+_MAX_COLUMNS = 6
 # Latents that a legend can name.
 _MAX_NAMES = 8
 
@@ -126,6 +128,7 @@ def plot_weights(data: Any) -> "Axes":
     axis.set(
         xlabel="share of the draws with such a weight or a larger one",
         ylabel="weight / mean weight",
+        ylim=(np.exp(log_weights[order[9 * len(order) // 10]] - mean) / 2, None),  # the smallest weigh nothing
         title=f"{len(order):,} draws, {found.ess:,.0f} effective",
     )
     axis.legend(loc="lower left", fontsize="small")
@@ -180,7 +183,7 @@ def plot_pairs(draws: Mapping[str, Any], var_names: Sequence[str] | None = None)
                 else:
                     step = -(-len(each[row]) // _MAX_POINTS)
                     points = each[column][::step], each[row][::step]
-                    axis.scatter(*points, s=4, color=f"C{color}", alpha=0.3, linewidths=0, rasterized=True)
+                    axis.scatter(*points, s=6, color=f"C{color}", alpha=0.4, linewidths=0, rasterized=True)
                     axis.set_ylim(limits[row])
             axis.set_xlim(limits[column])
             axis.set_xlabel(column if i == num - 1 else "")
@@ -219,7 +222,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
         >>> def model():
         ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
         ...     pyro.sample("y", dist.Normal(x**2, 0.5))
-        >>> guide = AutoFlow(model, "planar")
+        >>> guide = AutoFlow(model)
         >>> _ = guide()
         >>> len(plot_flow(guide)) - 1  # layers, the affine one among them
         9
@@ -236,8 +239,8 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
             points = layer.forward_and_log_det(points)[0]
             panels.append((f"{number}: {type(layer).__name__}", points))
     angle = torch.atan2(panels[0][1][:, 1], panels[0][1][:, 0]).cpu().numpy()
-    num_columns = min(len(panels), 5)
-    num_rows = -(-len(panels) // num_columns)
+    num_rows = -(-len(panels) // _MAX_COLUMNS)
+    num_columns = -(-len(panels) // num_rows)
     size = (2.4 * num_columns, 2.6 * num_rows)
     _, grid = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
     axes: Array = grid.ravel()
@@ -245,7 +248,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
         axis.remove()
     for axis, (title, values) in zip(axes, panels, strict=False):
         x, y = values.cpu().numpy().T
-        axis.scatter(x, y, c=angle, cmap="twilight", s=3, linewidths=0, rasterized=True)
+        axis.scatter(x, y, c=angle, cmap="hsv", s=3, alpha=0.7, linewidths=0, rasterized=True)
         axis.set_title(title, fontsize="small")
         axis.set(xlim=_limits(x), ylim=_limits(y))
     axes[0].set(xlabel="coordinate 1", ylabel="coordinate 2")
@@ -263,6 +266,22 @@ def plot_coverage(calibration: Calibration) -> "Axes":
 
     Returns:
         The axes.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.diagnostics import calibrate, plot_coverage
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def fit(simulated):
+        ...     return lambda: pyro.sample("mu", dist.Normal(0.0, 1.0))
+        >>> found = calibrate(model, fit, torch.tensor(0.0), num_simulations=20, seed=0)
+        >>> plot_coverage(found).get_title()
+        '20 simulations: calibrated'
     """
     from matplotlib import pyplot as plt
 
@@ -272,9 +291,9 @@ def plot_coverage(calibration: Calibration) -> "Axes":
     axis.fill_between(levels, low / num, high / num, color="0.85", label="95% band of a right guide")
     axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
     lines = [
-        (f"{name}[{i}]" if calibration.coverage[name].ndim > 1 else name, coverage)
+        (entry_label(name, index), each.T[index[::-1]])
         for name, each in calibration.coverage.items()
-        for i, coverage in enumerate(each.reshape(len(levels), -1).T)
+        for index in np.ndindex(*each.shape[1:])
     ]
     for i, (name, coverage) in enumerate(lines):
         label = name if i < _MAX_NAMES else f"{len(lines) - _MAX_NAMES} more" if i == _MAX_NAMES else None
@@ -304,7 +323,7 @@ def _columns(legend: str, draws: Any, var_names: Sequence[str] | None) -> dict[s
         dataset = draws["posterior"]
         draws = {name: dataset[name].values.reshape(-1, *dataset[name].shape[2:]) for name in dataset.data_vars}
     entries = {
-        f"{name}[{', '.join(map(str, index))}]" if index else name: (name, np.asarray(value)[(slice(None), *index)])
+        entry_label(name, index): (name, np.asarray(value)[(slice(None), *index)])
         for name, value in draws.items()
         for index in np.ndindex(*value.shape[1:])
     }
