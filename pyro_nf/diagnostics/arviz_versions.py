@@ -18,26 +18,27 @@ def inference_data(groups: Mapping[str, "xarray.Dataset"]) -> Any:
     return arviz.InferenceData(**groups) if _is_old() else xarray.DataTree.from_dict(dict(groups))
 
 
-def elpd_data(elpd: "xarray.DataArray", khat: "xarray.DataArray", p_loo: float, num_samples: int, good_k: float) -> Any:
-    """Put the result of a leave-one-out cross-validation into ArviZ's own class.
+def elpd_data(
+    elpd: "xarray.DataArray", khat: "xarray.DataArray", p_loo: "xarray.DataArray", num_samples: int, good_k: float
+) -> Any:
+    """Put the result of a leave-one-out cross-validation into ArviZ's own class, with the sums that it has.
 
     Args:
         elpd: Log predictive density of each observation left out.
         khat: Pareto shape of each observation's weights.
-        p_loo: Effective number of parameters.
+        p_loo: Each observation's part in the effective number of parameters.
         num_samples: Draws.
         good_k: Up to where a k-hat is good.
     """
-    total, se = float(elpd.sum()), float(np.sqrt(elpd.size * elpd.var()))
     warning = bool((khat > good_k).any())
     if _is_old():
         from arviz.stats import ELPDData
 
         return ELPDData(
             {
-                "elpd_loo": total,  # first: ArviZ reads the kind of result off it
-                "se": se,
-                "p_loo": p_loo,
+                "elpd_loo": float(elpd.sum()),  # first: ArviZ reads the kind of result off it
+                "se": float(np.sqrt(elpd.size * elpd.var())),
+                "p_loo": float(p_loo.sum()),
                 "n_samples": num_samples,
                 "n_data_points": elpd.size,
                 "warning": warning,
@@ -49,11 +50,12 @@ def elpd_data(elpd: "xarray.DataArray", khat: "xarray.DataArray", p_loo: float, 
         )
     from arviz_stats import utils
 
+    total, se, p, _ = elpd.azstats.loo_summary(p_loo)
     make = getattr(utils, "ELPDDataLOO", partial(utils.ELPDData, kind="loo"))  # a class of its own since 1.3
     return make(
         elpd=total,
         se=se,
-        p=p_loo,
+        p=p,
         n_samples=num_samples,
         n_data_points=elpd.size,
         scale="log",

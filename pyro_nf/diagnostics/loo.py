@@ -80,10 +80,8 @@ def loo(data: Any, *, var_name: str | None = None) -> Any:
             "the guide is too far from the posterior, for their estimates to be trusted",
             stacklevel=2,
         )
-    p_loo = float((log_mean - elpd)[seen].sum())
-    return elpd_data(
-        _pointwise(elpd, seen, log_lik), _pointwise(khat, seen, log_lik), p_loo, num_samples=len(values), good_k=good_k
-    )
+    elpd_i, khat_i, p_loo_i = (_pointwise(each, seen, log_lik) for each in (elpd, khat, log_mean - elpd))
+    return elpd_data(elpd_i, khat_i, p_loo_i, num_samples=len(values), good_k=good_k)
 
 
 def _samples(data: Any, var_name: str | None) -> tuple[Any, "xarray.DataArray"]:
