@@ -2,7 +2,7 @@
 
 - `pyro_nf.guides`: `AutoFlow`, `AmortizedFlow`;
 - `pyro_nf.inference`: `FlowSVI`; `pyro_nf.objectives`: `ELBO`, also for Pyro's own `SVI`;
-- `pyro_nf.diagnostics`: `diagnose`, `to_arviz`, `local_evidence`;
+- `pyro_nf.diagnostics`: `diagnose`, `to_arviz`, `local_evidence`, `loo`, `calibrate`, plots;
 - `pyro_nf.flows`: the flows; `pyro_nf.testing`: `check_flow`, for your own;
 - `pyro_nf.models`: models and data to start from.
 """

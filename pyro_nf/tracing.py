@@ -392,6 +392,8 @@ def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
     if fn.event_dim:
         missing = missing.flatten(-fn.event_dim).any(-1)
     missing = (missing & ~mask)[(...,) + (None,) * fn.event_dim]
+    if fn.support.is_discrete:  # 0 is a count, a class and a failure
+        return torch.where(missing, torch.zeros_like(value), value)
     to_support = biject_to(fn.support)
     return torch.where(missing, to_support(value.new_zeros(to_support.inverse_shape(value.shape))), value)
 

@@ -1,45 +1,86 @@
 """A fitted guide as ArviZ data: InferenceData in ArviZ 0.x, DataTree in 1.x."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from datetime import datetime, timezone
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from pyro_nf import __version__
+from pyro_nf.diagnostics import simulation
+from pyro_nf.diagnostics.arviz_versions import inference_data
 from pyro_nf.diagnostics.diagnosis import judge
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
 
+if TYPE_CHECKING:
+    import xarray
+
 Array = npt.NDArray[Any]
+Variables = dict[str, tuple[list[str], Array]]
+
+# Names that dimensions have here, so that sites and plates cannot.
+_OWN_DIMS = ("chain", "draw", "step")
+_SAMPLES = ["chain", "draw"]
+
+
+class Fitted(Protocol):
+    """What is taken from a `FitResult`."""
+
+    @property
+    def history(self) -> Tensor:
+        """The ELBO estimate of each step, `(steps,)`."""
 
 
 def to_arviz(
-    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 4000, **kwargs: Any
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    *args: Any,
+    num_samples: int = 4000,
+    num_prior_samples: int = 1000,
+    result: Fitted | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Draw from a fitted guide and return ArviZ's data structure.
 
-    The draws are independent: they form one chain, for which R-hat says nothing. Groups:
+    The draws are independent: they form one chain, for which R-hat says nothing (`az.summary(data, kind="stats")`
+    leaves it out). Groups:
 
     - `posterior`: latent and deterministic sites, `(chain=1, draw, *shape)`; the dimensions of a plate bear its name;
-    - `log_likelihood`: of every observed site, pointwise;
-    - `observed_data`: the observed sites;
+    - `posterior_predictive`: data that the model draws given these latents, in the shape of the observed sites;
+    - `log_likelihood`: of every observed site, pointwise; 0 where data are masked;
+    - `prior`, `prior_predictive`: the same from draws of the model itself (`pyro.factor` has no part in them);
+    - `observed_data`: the observed sites; NaN where they are masked;
+    - `constant_data`: the model's other tensor arguments, by the names of its signature. If just one plate has the size
+      of an argument's first dimension, that dimension bears its name;
     - `sample_stats`: `log_p` and `log_q` of each draw, `log_weight` (Pareto-smoothed, normalised: exponentials sum to
-      1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, `reliable`, ...
+      1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, `reliable`, ...; given
+      a `result`, `elbo_trace` along the dimension `step`.
+
+    A warning names what is left out because nothing can be drawn: data or latents of a distribution without a sampler,
+    such as an improper prior.
 
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
         *args: The model's arguments: all the data, nothing subsampled.
-        num_samples: Draws.
+        num_samples: Draws of the guide, and of data given them.
+        num_prior_samples: Draws of the model itself; 0 leaves the prior groups out.
+        result: What `FlowSVI.run` returned.
         **kwargs: The model's keyword arguments.
 
     Returns:
         `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x).
 
     Raises:
-        ValueError: If a plate is subsampled, or `num_samples` is less than 100.
+        ValueError: If a plate is subsampled, `num_samples` is less than 100 or `num_prior_samples` negative, a
+            parameter of the model bears the name of an option, or a site that of an ArviZ dimension.
 
     Example:
         >>> import pyro
@@ -54,62 +95,166 @@ def to_arviz(
         >>> data = to_arviz(model, AutoFlow(model), torch.zeros(3), num_samples=200)
         >>> dict(data["log_likelihood"]["y"].sizes)
         {'chain': 1, 'draw': 200, 'unit': 3}
+        >>> dict(data["prior_predictive"]["y"].sizes)
+        {'chain': 1, 'draw': 1000, 'unit': 3}
     """
     if num_samples < 100:
         raise ValueError(f"num_samples must be at least 100; got {num_samples}")
-    program = Program(model, guide)
-    require_whole_data(program, args, kwargs)
-    sites = program.structure(args, kwargs).particle.model.nodes
-    posterior = [name for name, site in sites.items() if is_latent(site) or is_deterministic(site)]
-    observed = [name for name, site in sites.items() if is_data(site)]
-
-    def extract(particle: Particle) -> dict[str, Tensor]:
-        stats = log_densities(particle)  # which also leaves each site's log_prob in the traces
-        return {
-            **{f"sample_stats/{name}": value.double() for name, value in stats.items()},
-            **{f"posterior/{name}": particle.model.nodes[name]["value"] for name in posterior},
-            **{f"log_likelihood/{name}": particle.model.nodes[name]["log_prob"] for name in observed},
-        }
-
-    groups: dict[str, dict[str, Array]] = {"posterior": {}, "log_likelihood": {}, "sample_stats": {}}
-    for key, value in program.map_in_chunks(extract, num_samples, args, kwargs).items():
-        group, _, name = key.partition("/")
-        groups[group][name] = _numpy(value)[None]
-    groups["observed_data"] = {name: _numpy(sites[name]["value"]) for name in observed}
-    log_weights = groups["sample_stats"]["log_p"] - groups["sample_stats"]["log_q"]
-    groups["sample_stats"]["log_weight"] = pareto_smooth(log_weights[0])[0][None]
-    dims, coords = _dims(sites, {*posterior, *observed})
-    data = _from_dict({group: values for group, values in groups.items() if values}, dims, coords)
-    diagnosis = dataclasses.asdict(judge(summarise(log_weights)))
-    # NetCDF attributes are numbers and strings.
-    diagnosis |= {"reliable": int(diagnosis["reliable"]), "reasons": "; ".join(diagnosis["reasons"])}
+    if num_prior_samples < 0:
+        raise ValueError(f"num_prior_samples must not be negative; got {num_prior_samples}")
+    simulation.check_options("to_arviz", ("num_samples", "num_prior_samples", "result"), model, args)
+    plain = Program(model, guide)
+    require_whole_data(plain, args, kwargs)
+    sites = _Sites(plain.structure(args, kwargs).particle.model.nodes)
+    predictive = Program(model, simulation.predictive(model, guide))
+    if _can_draw(predictive, args, kwargs, "posterior_predictive"):
+        draws = predictive.map_in_chunks(partial(sites.posterior, predicted=True), num_samples, args, kwargs)
+    else:
+        draws = plain.map_in_chunks(sites.posterior, num_samples, args, kwargs)
+    prior = Program(model, simulation.prior(model))
+    if num_prior_samples and _can_draw(prior, args, kwargs, "prior"):
+        draws |= prior.map_in_chunks(sites.prior, num_prior_samples, args, kwargs)
+    groups = sites.variables(draws)
+    groups["observed_data"] = sites.observed_data()
+    groups["constant_data"] = sites.constant_data(simulation.named_arguments(model, args, kwargs))
+    diagnosis = _add_weights(groups["sample_stats"])
+    if result is not None:
+        groups["sample_stats"]["elbo_trace"] = (["step"], _numpy(result.history))
+    data = inference_data({group: _dataset(variables) for group, variables in groups.items() if variables})
     data["sample_stats"].attrs.update(diagnosis)
     return data
 
 
-def _from_dict(groups: dict[str, dict[str, Array]], dims: Any, coords: Any) -> Any:
-    import arviz  # here, because it takes seconds to import
+class _Sites:
+    """The sites of a model that ArviZ takes, and the names of their dimensions."""
 
-    if arviz.__version__.startswith("0."):
-        return arviz.from_dict(**groups, dims=dims, coords=coords)
-    return arviz.from_dict(groups, dims=dims, coords=coords)
+    def __init__(self, nodes: Mapping[str, Any]) -> None:
+        self.latent = {name: site for name, site in nodes.items() if is_latent(site) or is_deterministic(site)}
+        self.observed = {name: site for name, site in nodes.items() if is_data(site) and not simulation.is_factor(site)}
+        self.all = self.latent | self.observed
+        for name in self.all:
+            if name in _OWN_DIMS:
+                raise ValueError(f"site {name!r} must be renamed: ArviZ has a dimension of that name")
 
+    def posterior(self, particle: Particle, predicted: bool = False) -> dict[str, Tensor]:
+        """Return what is kept of a draw of the guide, which may return data predicted from it, by group and name."""
+        stats = log_densities(particle)  # which also leaves each site's log_prob in the traces
+        nodes = particle.model.nodes
+        return {
+            **{f"posterior/{name}": nodes[name]["value"] for name in self.latent},
+            **_in_group("posterior_predictive", particle.guide.nodes["_RETURN"]["value"] if predicted else {}),
+            **{f"log_likelihood/{name}": nodes[name]["log_prob"] for name in self.observed},
+            **{f"sample_stats/{name}": value.double() for name, value in stats.items()},
+        }
 
-def _dims(sites: Mapping[str, Any], names: set[str]) -> tuple[dict[str, list[str]], dict[str, Array]]:
-    """Name the dimensions that stand in a plate after it; ArviZ names the others `site_dim_0`, ..."""
-    dims, coords = {}, {}
-    for name in names:
-        site = sites[name]
-        batch_dim = site["value"].dim() - site["fn"].event_dim
-        labels = [f"{name}_dim_{i}" for i in range(site["value"].dim())]
+    def prior(self, particle: Particle) -> dict[str, Tensor]:
+        """Return what is kept of a draw of the model itself, by group and name."""
+        return {
+            **{f"prior/{name}": particle.guide.nodes[name]["value"] for name in self.latent},
+            **_in_group("prior_predictive", simulation.drawn_data(particle.guide)),
+        }
+
+    def variables(self, draws: dict[str, Tensor]) -> dict[str, Variables]:
+        """Return draws by group, with the names of their dimensions."""
+        groups: dict[str, Variables] = {}
+        for key, value in draws.items():
+            group, _, name = key.partition("/")
+            labels = [] if group == "sample_stats" else self.dims(name, value.shape[1:], group == "log_likelihood")
+            groups.setdefault(group, {})[name] = (_SAMPLES + labels, _numpy(value)[None])
+        return groups
+
+    def observed_data(self) -> Variables:
+        """Return the data, NaN where masked."""
+        values = {name: _seen(site) for name, site in self.observed.items()}
+        return {name: (self.dims(name, value.shape), value) for name, value in values.items()}
+
+    def constant_data(self, arguments: dict[str, Tensor]) -> Variables:
+        """Return the arguments that are no site's data."""
+        data = [site["value"] for site in self.observed.values()]
+        sizes = {f.name: f.size for site in self.all.values() for f in site["cond_indep_stack"] if f.vectorized}
+        result = {}
+        for name, value in arguments.items():
+            if name in _OWN_DIMS or any(_is_same(value, other) for other in data):
+                continue
+            labels = [f"{name}_dim_{i}" for i in range(value.dim())]
+            rows = [plate for plate, size in sizes.items() if value.dim() and size == len(value)]
+            if len(rows) == 1 and rows[0] not in {*arguments, *_OWN_DIMS}:
+                labels[0] = rows[0]
+            result[name] = (labels, _numpy(value))
+        return result
+
+    def dims(self, name: str, shape: tuple[int, ...], batch_only: bool = False) -> list[str]:
+        """Name the dimensions of a site's value, or of its `log_prob`: those of a plate after it."""
+        site = self.all[name]
+        event_dim = 0 if batch_only else site["fn"].event_dim
+        if is_deterministic(site) and event_dim == len(shape):
+            event_dim = 0  # Pyro's default, which does not tell a plate's dimensions from others
+        labels = [f"{name}_dim_{i}" for i in range(len(shape))]
         for frame in site["cond_indep_stack"]:
-            position = batch_dim + (frame.dim or 0)
+            position = len(shape) - event_dim + (frame.dim or 0)
             # A plate of the same name as a variable would be its own coordinate.
-            if frame.vectorized and position >= 0 and frame.name not in names:
+            named = frame.vectorized and frame.name not in {*self.all, *_OWN_DIMS}
+            if named and position >= 0 and shape[position] == frame.size:
                 labels[position] = frame.name
-                coords[frame.name] = np.arange(frame.size)
-        dims[name] = labels
-    return dims, coords
+        return labels
+
+
+def _can_draw(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], group: str) -> bool:
+    """Run the program once, and warn if a distribution in it cannot be drawn from."""
+    try:
+        program.structure(args, kwargs)
+    except NotImplementedError as error:
+        warnings.warn(f"{group} is left out, for the model cannot draw it: {error!r}", stacklevel=3)
+        return False
+    return True
+
+
+def _add_weights(stats: Variables) -> dict[str, Any]:
+    """Add the draws' weights to `log_p` and `log_q`, and return their diagnosis, as NetCDF takes attributes."""
+    log_weights = stats["log_p"][1] - stats["log_q"][1]
+    stats["log_weight"] = (_SAMPLES, pareto_smooth(log_weights[0])[0][None])
+    attributes: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(judge(summarise(log_weights))).items():
+        if isinstance(value, (bool, int, float)):
+            attributes[name] = int(value) if isinstance(value, bool) else value
+        elif isinstance(value, tuple):
+            attributes[name] = "; ".join(map(str, value))
+    return attributes
+
+
+def _dataset(variables: Variables) -> "xarray.Dataset":
+    import xarray
+
+    sizes = {dim: size for dims, value in variables.values() for dim, size in zip(dims, value.shape, strict=True)}
+    attributes = {
+        "created_at": datetime.now(timezone.utc).isoformat(),
+        "inference_library": "pyro_nf",
+        "inference_library_version": __version__,
+    }
+    if "draw" in sizes:
+        attributes["sampling"] = "independent draws: one chain, for which R-hat says nothing"
+    return xarray.Dataset(variables, {dim: np.arange(size) for dim, size in sizes.items()}, attributes)
+
+
+def _seen(site: dict[str, Any]) -> Array:
+    """The data of a site, NaN where they are masked."""
+    value, mask = site["value"], site["mask"]
+    if mask is None or mask is True:
+        return _numpy(value)
+    mask = torch.as_tensor(mask, device=value.device)[(...,) + (None,) * site["fn"].event_dim]
+    return _numpy(value) if mask.all() else np.where(_numpy(mask), _numpy(value), np.nan)
+
+
+def _is_same(argument: Tensor, data: Tensor) -> bool:
+    """Whether an argument holds a site's data, in whatever shape and type; masked NaN are gone from those."""
+    if argument.numel() != data.numel():
+        return False
+    argument, data = argument.reshape(-1), data.reshape(-1).to(argument.device)
+    return bool(((argument == data) | argument.isnan()).all())
+
+
+def _in_group(group: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{group}/{name}": value for name, value in values.items()}
 
 
 def _numpy(value: Tensor) -> Array:

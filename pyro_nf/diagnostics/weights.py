@@ -9,6 +9,7 @@ import torch
 from scipy.special import logsumexp
 from torch import Tensor
 
+from pyro_nf.diagnostics.arviz_versions import psislw
 from pyro_nf.tracing import Particle, Program, log_prob_sum
 
 Floats = npt.NDArray[np.float64]
@@ -83,22 +84,13 @@ def pareto_smooth(log_weights: Floats) -> tuple[Floats, float]:
 
     Where the largest weights are equal there is no tail: k-hat is minus infinity.
     """
-    import arviz  # here, because it takes seconds to import
-
     num_tail = math.ceil(min(len(log_weights) / 5, 3 * math.sqrt(len(log_weights))))  # Vehtari et al. (2024), section 2
     top, cutoff = log_weights.max(), np.sort(log_weights)[-num_tail]
     if top - cutoff < _FLAT:
         return log_weights - logsumexp(log_weights), -math.inf
     # A weight of zero, whose logarithm ArviZ cannot take, is as good as the smallest number.
     log_weights = np.maximum(log_weights - top, math.log(np.finfo(np.float64).tiny))
-    with np.errstate(over="ignore"):  # of candidates for the fit of the tail whose weight is the inverse
-        if arviz.__version__.startswith("0."):
-            smoothed, khat = arviz.psislw(log_weights)
-        else:
-            from arviz_stats.base import array_stats
-
-            smoothed, khat = array_stats.psislw(-log_weights)  # it takes log likelihoods, the weights' inverses
-    return np.asarray(smoothed), float(khat)
+    return psislw(log_weights)
 
 
 def log_densities(particle: Particle) -> dict[str, Tensor]:

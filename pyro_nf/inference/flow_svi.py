@@ -282,6 +282,7 @@ class FlowSVI:
             stop_reason=stop_reason,
             steps=fit.steps,
             best_step=fit.best_evaluation.step,
+            plateau_step=fit.schedule.plateau_step,
             num_skipped=int(fit.state.num_skipped),
             seconds=earlier + time.perf_counter() - start,
             learning_rate=fit.schedule.learning_rate,

@@ -26,6 +26,7 @@ class FitResult:
         stop_reason: Why it ended, in words.
         steps: Steps taken.
         best_step: The step whose state was kept.
+        plateau_step: The step at which the ELBO had reached a plateau and the cool-down began, `None` if it did not.
         num_skipped: Steps left out for a non-finite loss or gradient.
         seconds: Wall time.
         learning_rate: Adam's rate between warm-up and cool-down, given or found.
@@ -48,6 +49,7 @@ class FitResult:
     stop_reason: str
     steps: int
     best_step: int
+    plateau_step: int | None
     num_skipped: int
     seconds: float
     learning_rate: float

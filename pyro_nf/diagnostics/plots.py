@@ -1,0 +1,352 @@
+"""Pictures of a fit and its diagnosis; they need matplotlib (`pip install "pyro-nf[plot]"`)."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy import stats
+from torch import Tensor
+
+from pyro_nf.diagnostics.calibration import Calibration, entry_label
+from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
+from pyro_nf.flows import Flow, Sequential
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Array = npt.NDArray[Any]
+
+# Points of a scatter plot: more hide each other.
+_MAX_POINTS = 1000
+# Shares of each tail that lie outside of a pair plot.
+_OUTSIDE = 0.005
+# Panels of a row.
+_MAX_COLUMNS = 6
+# Latents that a legend can name.
+_MAX_NAMES = 8
+
+
+def plot_elbo(result: Any) -> "Axes":
+    """Plot the ELBO of each step of a fit, its evaluations, where it reached a plateau, and what was kept.
+
+    Args:
+        result: What `FlowSVI.run` returned.
+
+    Returns:
+        The axes; `plot_elbo(result).figure.savefig("elbo.pdf")`.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.diagnostics import plot_elbo
+        >>> from pyro_nf.guides import AutoFlow
+        >>> from pyro_nf.inference import FlowSVI
+        >>> def model():
+        ...     pyro.sample("z", dist.Normal(0.5, 0.3))
+        >>> result = FlowSVI(model, AutoFlow(model), max_steps=300, compile=False, seed=0, progress=False).run()
+        >>> plot_elbo(result).get_ylabel()
+        'ELBO (nats)'
+    """
+    from matplotlib import pyplot as plt
+
+    _, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    history = result.history.detach().cpu().numpy()
+    steps, elbos, errors = map(np.array, zip(*result.evaluations, strict=True))
+    axis.plot(np.arange(1, len(history) + 1), history, color="0.75", linewidth=0.6, label="each step")
+    axis.errorbar(steps, elbos, 2 * errors, color="C0", marker=".", capsize=2, label=r"evaluation $\pm$ 2 errors")
+    if result.plateau_step is not None:
+        axis.axvline(result.plateau_step, color="C2", linestyle="--", label=f"plateau, step {result.plateau_step}")
+    axis.axvline(result.best_step, color="C1", linestyle=":", label=f"best, step {result.best_step}")
+    axis.axhline(
+        result.elbo, color="C1", linewidth=0.8, label=rf"kept: {result.elbo:.2f} $\pm$ {result.elbo_mcse:.2f} nats"
+    )
+    # The first steps are far below: the scale is that of the later ones.
+    later = np.concatenate([history[len(history) // 10 :], elbos[len(elbos) // 10 :]])
+    low, high = np.quantile(later[np.isfinite(later)], [0.005, 0.995])
+    margin = 0.1 * max(high - low, abs(result.elbo) * 1e-6)
+    axis.set(
+        xlabel="step",
+        ylabel="ELBO (nats)",
+        xlim=(0, result.steps),
+        ylim=(low - margin, max(high, result.elbo) + margin),
+        title="converged" if result.converged else "NOT converged",
+    )
+    axis.legend(loc="lower right", fontsize="small")
+    return axis
+
+
+def plot_weights(data: Any) -> "Axes":
+    r"""Plot the tail of the importance weights `w = p(x, z) / q(z)` beside the Pareto distribution fitted to it.
+
+    Both axes are logarithmic: a Pareto tail of shape k comes near a line, the steeper the heavier. The weights' tail
+    lies on the fitted one, or k-hat says nothing.
+
+    Args:
+        data: What `to_arviz` returned, or log weights, `(num_samples,)`.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ValueError: If weights are NaN or infinite.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import numpy as np
+        >>> from pyro_nf.diagnostics import plot_weights
+        >>> plot_weights(0.5 * np.random.default_rng(0).exponential(size=4000)).get_ylabel()
+        'weight / mean weight'
+    """
+    from matplotlib import pyplot as plt
+
+    log_weights = _log_weights(data)
+    found, order = summarise(log_weights[None]), np.argsort(-log_weights)
+    smoothed, khat = pareto_smooth(log_weights)
+    # Smoothing moves the tail alone, and normalises: what it did to the median is its constant.
+    middle = order[len(order) // 2]
+    smoothed = smoothed + log_weights[middle] - smoothed[middle]
+    num_tail = int((np.abs(smoothed - log_weights) > 1e-6)[order].nonzero()[0].max(initial=-1)) + 1
+    mean = np.logaddexp.reduce(log_weights) - np.log(len(log_weights))
+    share = np.arange(1, len(order) + 1) / len(order)
+    _, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.loglog(share, np.exp(log_weights[order] - mean), ".", color="C0", markersize=4, label="weights of the draws")
+    if num_tail:
+        fitted = np.sort(smoothed[order[:num_tail]])[::-1]
+        comparison = "below" if khat < found.khat_threshold else "NOT below"
+        axis.loglog(
+            share[:num_tail],
+            np.exp(fitted - mean),
+            color="C1",
+            label=rf"fitted Pareto tail, $\hat k$ = {khat:.2f}, {comparison} {found.khat_threshold:.2f}",
+        )
+        axis.axvline(share[num_tail - 1], color="0.6", linestyle=":", label=f"the tail: {num_tail} largest weights")
+    axis.set(
+        xlabel="share of the draws with such a weight or a larger one",
+        ylabel="weight / mean weight",
+        ylim=(np.exp(log_weights[order[9 * len(order) // 10]] - mean) / 2, None),  # the smallest weigh nothing
+        title=f"{len(order):,} draws, {found.ess:,.0f} effective",
+    )
+    axis.legend(loc="lower left", fontsize="small")
+    return axis
+
+
+def plot_pairs(draws: Mapping[str, Any], var_names: Sequence[str] | None = None) -> Array:
+    """Plot draws of several posteriors over each other: each pair of latents, and each latent alone.
+
+    Axes end where 0.5% of the last posterior's draws lie beyond: give the one to compare with last.
+
+    Args:
+        draws: `{legend: draws}`: what `to_arviz` or `guide.sample_posterior` returned, or any
+            `{site: (num_samples, *shape)}`.
+        var_names: Sites, such as `"theta"`, or entries of them, `"theta[0]"`; all if left out.
+
+    Returns:
+        The axes, `(num_entries, num_entries)`.
+
+    Raises:
+        ValueError: If there are no draws, or a name is not among them.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import torch
+        >>> from pyro_nf.diagnostics import plot_pairs
+        >>> draws = {"mu": torch.randn(500), "theta": torch.randn(500, 2)}
+        >>> plot_pairs({"guide": draws, "reference": draws}, var_names=["mu", "theta[1]"]).shape
+        (2, 2)
+    """
+    from matplotlib import pyplot as plt
+    from matplotlib.lines import Line2D
+
+    if not draws:
+        raise ValueError("draws must hold at least one posterior; got none")
+    columns = {legend: _columns(legend, each, var_names) for legend, each in draws.items()}
+    names = list(next(iter(columns.values())))
+    num = len(names)
+    figure, axes = plt.subplots(num, num, figsize=(2.2 * num + 1, 2.2 * num), squeeze=False, layout="constrained")
+    limits = {name: _limits(values) for name, values in list(columns.values())[-1].items()}
+    for i, row in enumerate(names):
+        for j, column in enumerate(names):
+            axis = axes[i, j]
+            if j > i:
+                axis.set_axis_off()
+                continue
+            for color, each in enumerate(columns.values()):
+                if i == j:
+                    grid = np.linspace(*limits[row], 200)
+                    axis.plot(grid, stats.gaussian_kde(each[row])(grid), color=f"C{color}")
+                else:
+                    step = -(-len(each[row]) // _MAX_POINTS)
+                    points = each[column][::step], each[row][::step]
+                    axis.scatter(*points, s=6, color=f"C{color}", alpha=0.4, linewidths=0, rasterized=True)
+                    axis.set_ylim(limits[row])
+            axis.set_xlim(limits[column])
+            axis.set_xlabel(column if i == num - 1 else "")
+            axis.set_ylabel(row if j == 0 and i else "")
+            axis.tick_params(labelbottom=i == num - 1, labelleft=j == 0 and i > 0, left=j < i)
+            if i == j:
+                axis.set_ylim(bottom=0)
+                axis.spines[["left", "right", "top"]].set_visible(False)
+    handles = [Line2D([], [], color=f"C{i}", marker="o", label=legend) for i, legend in enumerate(columns)]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(handles))
+    return axes
+
+
+def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
+    """Plot how a two-dimensional guide's flow deforms its base: the base, then what each layer makes of it.
+
+    Coordinates are those on the real line. Colours tell where in the base a draw comes from.
+
+    Args:
+        guide: An `AutoFlow` over two coordinates that has been called, or fitted.
+        num_samples: Draws.
+
+    Returns:
+        The axes, `(num_panels,)`.
+
+    Raises:
+        ValueError: If the guide has another dimension.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.diagnostics import plot_flow
+        >>> from pyro_nf.guides import AutoFlow
+        >>> def model():
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x**2, 0.5))
+        >>> guide = AutoFlow(model)
+        >>> _ = guide()
+        >>> len(plot_flow(guide)) - 1  # layers, the affine one among them
+        9
+    """
+    from matplotlib import pyplot as plt
+
+    base = guide.get_base_dist()
+    if tuple(base.event_shape) != (2,):
+        raise ValueError(f"guide must be over two coordinates; got one over {tuple(base.event_shape)}")
+    with torch.no_grad():
+        points = base.sample((num_samples,))
+        panels = [("base", points)]
+        for number, layer in enumerate(_layers(guide.flow), 1):
+            points = layer.forward_and_log_det(points)[0]
+            panels.append((f"{number}: {type(layer).__name__}", points))
+    angle = torch.atan2(panels[0][1][:, 1], panels[0][1][:, 0]).cpu().numpy()
+    num_rows = -(-len(panels) // _MAX_COLUMNS)
+    num_columns = -(-len(panels) // num_rows)
+    size = (2.4 * num_columns, 2.6 * num_rows)
+    _, grid = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False, layout="constrained")
+    axes: Array = grid.ravel()
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    for axis, (title, values) in zip(axes, panels, strict=False):
+        x, y = values.cpu().numpy().T
+        axis.scatter(x, y, c=angle, cmap="hsv", s=3, alpha=0.7, linewidths=0, rasterized=True)
+        axis.set_title(title, fontsize="small")
+        axis.set(xlim=_limits(x), ylim=_limits(y))
+    axes[0].set(xlabel="coordinate 1", ylabel="coordinate 2")
+    return axes[: len(panels)]
+
+
+def plot_coverage(calibration: Calibration) -> "Axes":
+    """Plot how often a guide's central intervals hold the truth beside how often they should.
+
+    The grey band holds, at each level, the share of a right guide with 95% probability (binomial). Below the diagonal a
+    posterior is too narrow, above it too wide.
+
+    Args:
+        calibration: What `calibrate` returned.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> import matplotlib
+        >>> matplotlib.use("Agg")
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.diagnostics import calibrate, plot_coverage
+        >>> def model(y):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        >>> def fit(simulated):
+        ...     return lambda: pyro.sample("mu", dist.Normal(0.0, 1.0))
+        >>> found = calibrate(model, fit, torch.tensor(0.0), num_simulations=20, seed=0)
+        >>> plot_coverage(found).get_title()
+        '20 simulations: calibrated'
+    """
+    from matplotlib import pyplot as plt
+
+    _, axis = plt.subplots(figsize=(5, 5), layout="constrained")
+    levels, num = calibration.levels, len(next(iter(calibration.ranks.values())))
+    low, high = stats.binom.interval(0.95, num, levels)
+    axis.fill_between(levels, low / num, high / num, color="0.85", label="95% band of a right guide")
+    axis.plot([0, 1], [0, 1], color="0.5", linewidth=0.8)
+    lines = [
+        (entry_label(name, index), each.T[index[::-1]])
+        for name, each in calibration.coverage.items()
+        for index in np.ndindex(*each.shape[1:])
+    ]
+    for i, (name, coverage) in enumerate(lines):
+        label = name if i < _MAX_NAMES else f"{len(lines) - _MAX_NAMES} more" if i == _MAX_NAMES else None
+        axis.plot(levels, coverage, marker=".", color=f"C{i}" if i < _MAX_NAMES else "0.6", linewidth=1, label=label)
+    axis.set(
+        xlabel="level of the central interval",
+        ylabel="share of simulations whose truth it holds",
+        title=f"{num} simulations: {'' if calibration.calibrated else 'NOT '}calibrated",
+        xlim=(0, 1),
+        ylim=(0, 1),
+        aspect="equal",
+    )
+    axis.legend(loc="upper left", fontsize="small")
+    return axis
+
+
+def _log_weights(data: Any) -> Floats:
+    if isinstance(data, (np.ndarray, Tensor)):
+        return np.asarray(data, dtype=np.float64).reshape(-1)
+    stats = data["sample_stats"]
+    return np.ravel(stats["log_p"] - stats["log_q"])
+
+
+def _columns(legend: str, draws: Any, var_names: Sequence[str] | None) -> dict[str, Floats]:
+    """Return the entries asked for, `{"theta[0]": (num_samples,)}`."""
+    if "posterior" in draws:  # of to_arviz
+        dataset = draws["posterior"]
+        draws = {name: dataset[name].values.reshape(-1, *dataset[name].shape[2:]) for name in dataset.data_vars}
+    entries = {
+        entry_label(name, index): (name, np.asarray(value)[(slice(None), *index)])
+        for name, value in draws.items()
+        for index in np.ndindex(*value.shape[1:])
+    }
+    if var_names is None:
+        var_names = list(draws)
+    result: dict[str, Floats] = {}
+    for asked in var_names:
+        found = {label: values for label, (name, values) in entries.items() if asked in (label, name)}
+        if not found:
+            raise ValueError(f"var_names must be sites or entries of {legend!r}, {', '.join(draws)}; got {asked!r}")
+        result |= found
+    return result
+
+
+def _limits(values: Floats) -> tuple[float, float]:
+    low, high = np.quantile(values, [_OUTSIDE, 1 - _OUTSIDE])
+    margin = 0.05 * (high - low)
+    return float(low - margin), float(high + margin)
+
+
+def _layers(flow: Flow) -> Iterator[Flow]:
+    if isinstance(flow, Sequential):
+        for each in flow._parts():
+            yield from _layers(each)
+    else:
+        yield flow

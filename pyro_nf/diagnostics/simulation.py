@@ -1,0 +1,105 @@
+"""What a model draws by itself: data from its likelihood, latents from its prior."""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import pyro.distributions as dist
+from pyro import poutine
+from pyro.poutine import Trace
+from pyro.poutine.messenger import _bound_partial
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from torch import Tensor, nn
+
+from pyro_nf.tracing import is_data
+
+
+class Unconditioned(UnconditionMessenger):
+    """Let observed sites be drawn, as `poutine.uncondition` does, but leave deterministic ones and factors as they are.
+
+    Pyro's own redraws a deterministic site, and one inside a plate then has the plate's dimension twice.
+    """
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_data(msg) and not is_factor(msg):
+            super()._pyro_sample(msg)
+
+
+def is_factor(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace is a `pyro.factor`, which Pyro marks as observed, and which has no data."""
+    return isinstance(site["fn"], dist.Unit)
+
+
+def is_drawn_data(site: Mapping[str, Any]) -> bool:
+    """Whether a site of a trace under `Unconditioned` is drawn where the model has data."""
+    return site["type"] == "sample" and bool(site["infer"].get("was_observed", False))
+
+
+def prior(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the model as a guide of itself, whose trace holds draws of its latents and, beside them, of its data."""
+
+    def draw(*args: Any, **kwargs: Any) -> None:
+        with Unconditioned():
+            model(*args, **kwargs)
+
+    return draw
+
+
+def predictive(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., dict[str, Tensor]]:
+    """Return the guide, returning `{site: data}` that the model draws given the guide's latents."""
+
+    def draw(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        latents = poutine.trace(guide).get_trace(*args, **kwargs)
+        with poutine.block(), Unconditioned():
+            drawn = poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs)
+        return drawn_data(drawn)
+
+    return draw
+
+
+def drawn_data(trace: Trace) -> dict[str, Tensor]:
+    """Return the data that a trace under `Unconditioned` has drawn, `{site: value}`."""
+    return {name: site["value"] for name, site in trace.nodes.items() if is_drawn_data(site)}
+
+
+def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors among a model's arguments by the names of its signature; the second of `*data` is `data_1`."""
+    bound = _signature(model).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return dict(_tensors(bound.arguments))
+
+
+def check_options(caller: str, options: Iterable[str], model: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Raise a `ValueError` if a function's own option could as well be meant for the model.
+
+    A parameter of the model is safe once it is bound, by `functools.partial` or by position.
+    """
+    signature = _signature(model)
+    bound = set(signature.bind_partial(*args).arguments)
+    while isinstance(model, partial):
+        bound |= set(model.keywords)
+        model = model.func
+    clash = sorted(set(options) & set(signature.parameters) - bound)
+    if clash:
+        name = clash[0]
+        raise ValueError(
+            f"the model's parameter {name!r} bears the name of an option of {caller}: give the model its value by "
+            f"position, or bind it in model and guide by functools.partial(..., {name}=...)"
+        )
+
+
+def _signature(model: Callable[..., Any]) -> inspect.Signature:
+    while isinstance(model, _bound_partial):  # under a handler, as of poutine.condition(model, data)
+        model = model.func.args[1]
+    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
+
+
+def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors({f"{name}_{i}": item for i, item in enumerate(value)})
