@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from pyro_nf.models import eight_schools
 from pyro_nf.models.posteriordb import (
@@ -21,7 +20,7 @@ Data = Mapping[str, Any]
 """A data set as posteriordb has it: arrays in float64, and plain numbers."""
 
 
-def _nothing(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _nothing(draws: Mapping[str, Floats]) -> dict[str, Floats]:
     return {}
 
 
@@ -31,12 +30,12 @@ class Entry(NamedTuple):
     Attributes:
         model: The Pyro model.
         arguments: Makes its arguments of the data: arrays, which become tensors, and integers.
-        derived: Computes, from the reference draws, latents that they have only implicitly.
+        derived: Computes those latents that the reference draws only imply.
     """
 
     model: Callable[..., Any]
     arguments: Callable[[Data], tuple[Floats | int, ...]]
-    derived: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = _nothing
+    derived: Callable[[Mapping[str, Floats]], dict[str, Floats]] = _nothing
 
 
 def _columns(*columns: Floats | float) -> Floats:
@@ -104,11 +103,11 @@ def _schools(d: Data) -> tuple[Floats, Floats]:
     return d["sigma"], d["y"]
 
 
-def _noncentered(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _noncentered(draws: Mapping[str, Floats]) -> dict[str, Floats]:
     return {"theta_trans": (draws["theta"] - draws["mu"][..., None]) / draws["tau"][..., None]}
 
 
-def _share(draws: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _share(draws: Mapping[str, Floats]) -> dict[str, Floats]:
     return {"beta1_share": draws["beta1"] / (1 - draws["alpha1"])}
 
 

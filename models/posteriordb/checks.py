@@ -16,8 +16,10 @@ from torch.distributions import Transform, biject_to
 from pyro_nf.models.posteriordb.loader import Posterior
 from pyro_nf.tracing import is_latent, log_prob_sum
 
-# Draws that are run at once, and draws in a batch, beyond which the reference chains have forgotten their start.
-_CHUNK, _BATCH = 1000, 50
+# Draws that are run at once.
+_CHUNK = 1000
+# Draws in a batch: the chains of posteriordb are thinned until draws are all but independent.
+_BATCH = 50
 # Degrees of freedom of the proposal: with fewer its variance is barely finite, with more its tails are too light.
 _DF = 5.0
 
@@ -40,8 +42,8 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
     r"""Return z-scores of Stein's identities, `E[g_j] = 0` and `E[(z_j - E z_j) g_j] = -1`, over the reference draws.
 
     z are the latents on the real line and `g = grad log p(z)`. The first identity sees a density that is displaced, the
-    second one that is too wide or too narrow. If the density is right, the scores are draws from N(0, 1). Standard
-    errors come from the means of batches of 50 draws, and so allow for autocorrelation.
+    second one that is too wide or too narrow. If the density is right, each score is nearly N(0, 1). Standard errors
+    come from the means of batches of 50 draws, and so allow for autocorrelation.
 
     Args:
         posterior: With reference draws.
@@ -56,6 +58,18 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         Stein (1981), "Estimation of the mean of a multivariate normal distribution", lemma 2; Gorham, Mackey (2015),
         "Measuring sample quality with Stein's method", arXiv:1506.03039, section 2; Flegal, Jones (2010), "Batch means
         and spectral variance estimators in Markov chain Monte Carlo", arXiv:0811.1729.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.models import posteriordb
+        >>> def wide():
+        ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 2.0))
+        >>> draws = {"z": torch.randn(10, 1000, generator=torch.Generator().manual_seed(0))}
+        >>> scores = posteriordb.stein_scores(posteriordb.Posterior("wide", wide, (), draws))
+        >>> bool(scores["shift"].abs() < 4), bool(scores["spread"].abs() < 4)
+        (True, False)
     """
     density = _Density(posterior)
     z = density.reference()
@@ -73,13 +87,25 @@ def importance_evidence(posterior: Posterior, num_draws: int = 10_000, seed: int
 
     Raises:
         ValueError: If there are no reference draws.
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> import torch
+        >>> from pyro_nf.models import posteriordb
+        >>> def half():
+        ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        ...     pyro.factor("half", torch.tensor(0.5).log())
+        >>> draws = {"z": torch.randn(10, 1000, generator=torch.Generator().manual_seed(0))}
+        >>> round(posteriordb.importance_evidence(posteriordb.Posterior("half", half, (), draws)).log_evidence, 1)
+        -0.7
     """
     density = _Density(posterior)
     z = density.reference()
-    # The covariance of a Student-t is df / (df - 2) times its scale matrix.
-    scale_tril = torch.linalg.cholesky(z.T.cov() * (_DF - 2) / _DF)
+    # The covariance of a Student-t is df / (df - 2) times its scale matrix. That of one coordinate is a scalar in torch.
+    scale_tril = torch.linalg.cholesky(torch.atleast_2d(z.T.cov()) * (_DF - 2) / _DF)
     proposal = dist.MultivariateStudentT(z.new_tensor(_DF), z.mean(0), scale_tril)
-    with torch.random.fork_rng([]), torch.no_grad():
+    with torch.random.fork_rng([z.device] if z.is_cuda else []), torch.no_grad():
         torch.manual_seed(seed)
         draws = proposal.sample((num_draws,))
         log_p = torch.cat([torch.func.vmap(density)(part) for part in draws.split(_CHUNK)])
@@ -128,7 +154,7 @@ class _Density:
 
 
 def _scores(terms: Tensor) -> Tensor:
-    """Return means over standard errors, by batches, `(num_draws, dim) -> (dim,)`."""
-    means = terms.unflatten(0, (-1, _BATCH)).mean(1)
+    """Return means over standard errors, by whole batches, `(num_draws, dim) -> (dim,)`."""
+    means = terms[: len(terms) // _BATCH * _BATCH].unflatten(0, (-1, _BATCH)).mean(1)
     scores: Tensor = means.mean(0) / means.std(0) * math.sqrt(len(means))
     return scores

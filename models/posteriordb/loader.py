@@ -5,7 +5,8 @@ import gzip
 import json
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +41,10 @@ class Posterior(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """What a folder holds of a posterior: its data, and names, `(num_chains, num_draws, num_names)`, of the draws."""
+    """What a folder holds of a posterior; the draws are `{site: (num_chains, num_draws, *shape)}`."""
 
     data: dict[str, Any]
-    draws: tuple[Sequence[str], Floats] | None = None
+    draws: dict[str, Floats] | None = None
     log_evidence: float | None = None
     log_evidence_se: float | None = None
 
@@ -73,7 +74,7 @@ def load(
         device: Of data and draws.
 
     Raises:
-        ValueError: If there is no such name (the nearest one is offered), or no such folder.
+        ValueError: If there is no such name (the nearest one is offered), no such folder, or no such posterior in it.
 
     References:
         Magnusson, Torgander, Bürkner, Zhang, Carpenter, Vehtari (2024), "posteriordb: testing, benchmarking and
@@ -89,18 +90,12 @@ def load(
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"name must be one of the {len(ENTRIES)} in posteriordb.names(); got {name!r}{hint}")
     entry, record = ENTRIES[name], _read(_folder(folder), name)
-    data: Data = {
-        key: np.array(value, np.float64) if isinstance(value, list) else value for key, value in record.data.items()
-    }
-    args = tuple(
-        value if isinstance(value, int) else torch.as_tensor(value, dtype=dtype, device=device)
-        for value in entry.arguments(data)
-    )
+    tensor = partial(torch.as_tensor, dtype=dtype, device=device)
+    args = tuple(value if isinstance(value, int) else tensor(value) for value in entry.arguments(_arrays(record.data)))
     reference = None
     if record.draws is not None:
-        sites = _by_site(*record.draws)
-        reference = {site: torch.as_tensor(draws, dtype=dtype, device=device) for site, draws in sites.items()}
-        reference |= entry.derived(reference)
+        draws = {**record.draws, **entry.derived(record.draws)}
+        reference = {site: tensor(values) for site, values in draws.items()}
     return Posterior(name, entry.model, args, reference, record.log_evidence, record.log_evidence_se)
 
 
@@ -119,9 +114,7 @@ def _read(folder: Path, name: str) -> _Record:
     for database in (folder / "posterior_database", folder):
         if (database / "posteriors").is_dir():
             return _read_original(database, name)
-    raise ValueError(
-        f"folder must hold index.json or posterior_database/posteriors; {str(folder)!r} has neither of them"
-    )
+    raise ValueError(f"folder must hold index.json or posterior_database/posteriors; {str(folder)!r} has neither")
 
 
 def _read_indexed(folder: Path, name: str) -> _Record:
@@ -134,7 +127,7 @@ def _read_indexed(folder: Path, name: str) -> _Record:
     draws, path = None, folder / "reference" / f"{entry['reference']}.npz"
     if path.is_file():
         with np.load(path) as arrays:
-            draws = arrays["names"].tolist(), arrays["draws"]
+            draws = _by_site(arrays["names"].tolist(), arrays["draws"])
     return _Record(data, draws, entry.get("log_evidence"), entry.get("log_evidence_se"))
 
 
@@ -151,7 +144,7 @@ def _read_original(database: Path, name: str) -> _Record:
     chains = _read_zip(path)
     variables = list(chains[0])
     draws = np.array([[chain[variable] for variable in variables] for chain in chains])
-    return _Record(data, (variables, draws.swapaxes(1, 2)))
+    return _Record(data, _by_site(variables, draws.swapaxes(1, 2)))
 
 
 def _read_zip(path: Path) -> Any:
@@ -159,15 +152,22 @@ def _read_zip(path: Path) -> Any:
         return json.load(file)
 
 
+def _arrays(data: Mapping[str, Any]) -> Data:
+    return {key: np.array(value, np.float64) if isinstance(value, list) else value for key, value in data.items()}
+
+
 def _by_site(variables: Sequence[str], draws: Floats) -> dict[str, Floats]:
-    """Gather `"beta[1]"`, `"beta[2]"`, ... into `"beta"`, whose last dimension they are; others are scalars."""
+    """Gather `"beta[1]"`, `"beta[2]"`, ... into `"beta"`, whose last dimension they are; a name alone is a scalar.
+
+    Args:
+        variables: Names, in any order.
+        draws: `(num_chains, num_draws, num_variables)`.
+    """
     positions: dict[str, dict[int, int]] = {}
     for position, variable in enumerate(variables):
         site, _, index = variable.partition("[")
         positions.setdefault(site, {})[int(index.rstrip("]") or 0)] = position
-    return {
-        site: draws[..., [position for _, position in sorted(where.items())]]
-        if 0 not in where
-        else draws[..., where[0]]
-        for site, where in positions.items()
-    }
+    sites = {}
+    for site, where in positions.items():
+        sites[site] = draws[..., where[0]] if 0 in where else draws[..., [where[index] for index in sorted(where)]]
+    return sites

@@ -57,5 +57,7 @@ class Restricted(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the base's log density, `(*shape, *batch)`, at a value inside the support."""
+        if self._validate_args:
+            self._validate_sample(value)
         log_prob: Tensor = self.base_dist.log_prob(value)
         return log_prob

@@ -26,6 +26,7 @@ from pyro_nf.inference import FlowSVI
 from pyro_nf.models import posteriordb
 from pyro_nf.models.posteriordb.catalogue import ENTRIES
 from pyro_nf.models.posteriordb.priors import Restricted
+from pyro_nf.tracing import is_latent
 
 FOLDER = os.environ.get("PYRO_NF_POSTERIORDB")
 RNG = np.random.default_rng(0)
@@ -61,7 +62,7 @@ DATA = {
     "garch": {"y": RNG.normal(size=N), "sigma1": 0.5, "T": N},
     "bball_drive_event_0": {"u": positive(5), "v": positive(5), "alpha": np.array([[4.0, 1.0], [2.0, 3.0]]), "K": 2},
     "gp_pois_regr": {"x": np.arange(5.0), "y": RNG.normal(size=5)},
-    # Times so short that steps between them are exact.
+    # Times so close that the steps between them are all but exact.
     "hudson_lynx_hare": {"ts": np.array([0.1, 0.3, 0.4]), "y_init": np.array([30.0, 4.0]), "y": 20 * positive(3, 2)},
 }
 DATA["kidiq_with_mom_work"] = DATA["kidiq"]
@@ -246,7 +247,7 @@ FORMULAS = {
     "gp_pois_regr": gaussian_process,
     "hudson_lynx_hare": lotka_volterra,
 }
-# One posterior for each model.
+# The name of one posterior for each model.
 MODELS = list({entry.model: name for name, entry in ENTRIES.items()}.values())
 EVIDENCE = (-12.5, 0.25)
 
@@ -255,16 +256,24 @@ def as_json(data):
     return {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in data.items()}
 
 
-def draws_of(name):
-    """Three draws in each of two chains: latents of the model run forward, as `{"site[1]": (2, 3)}`."""
-    shapes = {"garch-garch11": {"mu": (), "alpha0": (), "alpha1": (), "beta1": ()}}
-    shapes["eight_schools-eight_schools_noncentered"] = {"theta": (8,), "mu": (), "tau": ()}
-    for site, shape in shapes.get(name, {"beta": (11,), "sigma": ()}).items():
-        for index in range(1, (*shape, 1)[0] + 1):
-            yield f"{site}[{index}]" if shape else site, RNG.uniform(0.1, 0.4, (2, 3))
+def made_up_draws(**shapes):
+    """Three draws in each of two chains, under posteriordb's names: `{"beta[1]": (2, 3)}`."""
+    return {
+        f"{site}[{index + 1}]" if shape else site: RNG.uniform(0.1, 0.4, (2, 3))
+        for site, shape in shapes.items()
+        for index in range(math.prod(shape))
+    }
 
 
-def write_indexed(folder, draws):
+DRAWS = {
+    "garch-garch11": made_up_draws(mu=(), alpha0=(), alpha1=(), beta1=()),
+    "eight_schools-eight_schools_noncentered": made_up_draws(theta=(8,), mu=(), tau=()),
+    # More than nine, in the order of the alphabet: beta[10] comes before beta[2].
+    "nes1972-nes": dict(sorted(made_up_draws(beta=(11,), sigma=()).items())),
+}
+
+
+def write_indexed(folder):
     (folder / "data").mkdir()
     (folder / "reference").mkdir()
     index = []
@@ -274,13 +283,13 @@ def write_indexed(folder, draws):
         index[-1] |= {"log_evidence": EVIDENCE[0], "log_evidence_se": EVIDENCE[1]}
         with gzip.open(folder / "data" / f"{data_name}.json.gz", "wt") as file:
             json.dump(as_json(DATA[data_name]), file)
-        if name in draws:
-            arrays = {"names": np.array(list(draws[name])), "draws": np.stack(list(draws[name].values()), -1)}
+        if name in DRAWS:
+            arrays = {"names": np.array(list(DRAWS[name])), "draws": np.stack(list(DRAWS[name].values()), -1)}
             np.savez(folder / "reference" / f"{name}.npz", **arrays)
     (folder / "index.json").write_text(json.dumps(index))
 
 
-def write_original(folder, draws):
+def write_original(folder):
     posteriors, data, reference = (
         folder / "posterior_database" / part for part in ("posteriors", "data/data", "reference_posteriors/draws/draws")
     )
@@ -289,26 +298,20 @@ def write_original(folder, draws):
     for name in posteriordb.names():
         data_name, model_name = name.split("-")
         entry = {"name": name, "data_name": data_name, "model_name": model_name}
-        entry["reference_posterior_name"] = name if name in draws else None
+        entry["reference_posterior_name"] = name if name in DRAWS else None
         (posteriors / f"{name}.json").write_text(json.dumps(entry))
         with zipfile.ZipFile(data / f"{data_name}.json.zip", "w") as archive:
             archive.writestr(f"{data_name}.json", json.dumps(as_json(DATA[data_name])))
-        if name in draws:
-            chains = [{key: value[chain].tolist() for key, value in draws[name].items()} for chain in range(2)]
+        if name in DRAWS:
+            chains = [{key: value[chain].tolist() for key, value in DRAWS[name].items()} for chain in range(2)]
             with zipfile.ZipFile(reference / f"{name}.json.zip", "w") as archive:
                 archive.writestr(f"{name}.json", json.dumps(chains))
 
 
-@pytest.fixture(scope="module")
-def draws():
-    names = ["garch-garch11", "eight_schools-eight_schools_noncentered", "nes1972-nes"]
-    return {name: dict(draws_of(name)) for name in names}
-
-
 @pytest.fixture(scope="module", params=[write_indexed, write_original])
-def folder(request, tmp_path_factory, draws):
+def folder(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("posteriordb")
-    request.param(path, draws)
+    request.param(path)
     return path
 
 
@@ -319,14 +322,15 @@ def test_log_densities_are_those_of_the_formulas(name, folder):
     formula = FORMULAS[data_name](model_name, **DATA[data_name])
     for _ in range(5):
         trace = poutine.trace(posterior.model).get_trace(*posterior.args)
-        values = {site: trace.nodes[site]["value"].numpy() for site in trace.stochastic_nodes}
+        values = {key: site["value"].numpy() for key, site in trace.nodes.items() if is_latent(site)}
         assert float(trace.log_prob_sum()) == pytest.approx(float(formula(values)), rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_every_model_is_fitted_in_batches_and_keeps_its_dtype(name, dtype, folder):
-    posterior = posteriordb.load(name, folder, dtype=dtype)
+def test_every_model_is_fitted_in_batches_and_keeps_its_dtype(name, dtype, tmp_path):
+    write_indexed(tmp_path)
+    posterior = posteriordb.load(name, tmp_path, dtype=dtype)
     guide = AutoFlow(posterior.model)
     svi = FlowSVI(posterior.model, guide, learning_rate=0.01, max_steps=2, compile=False, progress=False, seed=0)
     # Warnings are errors: of a model that vmap cannot batch among them.
@@ -334,30 +338,35 @@ def test_every_model_is_fitted_in_batches_and_keeps_its_dtype(name, dtype, folde
     assert {value.dtype for value in guide.sample_posterior(2, *posterior.args).values()} == {dtype}
 
 
-def test_reference_draws_are_gathered_by_site(folder, draws):
+def test_reference_draws_are_gathered_by_site(folder):
     reference = posteriordb.load("nes1972-nes", folder).reference
     assert {site: tuple(values.shape) for site, values in reference.items()} == {"beta": (2, 3, 11), "sigma": (2, 3)}
-    assert torch.equal(reference["beta"][..., 9], torch.from_numpy(draws["nes1972-nes"]["beta[10]"]))
+    assert torch.equal(reference["beta"][..., 9], torch.from_numpy(DRAWS["nes1972-nes"]["beta[10]"]))
     assert reference["sigma"].dtype == torch.float64
     assert posteriordb.load("nes1980-nes", folder).reference is None
 
 
-@pytest.mark.parametrize("name", ["garch-garch11", "eight_schools-eight_schools_noncentered"])
-def test_latents_that_the_draws_imply_give_the_draws_back(name, folder):
+@pytest.mark.parametrize(
+    ("name", "computed"), [("garch-garch11", "beta1"), ("eight_schools-eight_schools_noncentered", "theta")]
+)
+def test_latents_that_the_draws_imply_give_the_draws_back(name, computed, folder):
     posterior = posteriordb.load(name, folder)
     one = {site: values[1, 2] for site, values in posterior.reference.items()}
+    expected = one.pop(computed)
     trace = poutine.trace(poutine.condition(posterior.model, data=one)).get_trace(*posterior.args)
-    assert set(one) <= set(trace.nodes)
-    assert all(torch.allclose(trace.nodes[site]["value"], value) for site, value in one.items())
-    # The deterministic site is computed, not taken from the draws.
-    assert trace.nodes["theta" if "theta" in one else "beta1"]["infer"]["_deterministic"]
+    assert not any(map(is_latent, trace.nodes.values()))
+    assert torch.allclose(trace.nodes[computed]["value"], expected)
 
 
-def test_the_folder_can_come_from_the_environment(monkeypatch, tmp_path, draws):
-    write_indexed(tmp_path, draws)
-    monkeypatch.setenv("PYRO_NF_POSTERIORDB", str(tmp_path))
+@pytest.mark.parametrize(
+    ("write", "inside", "evidence"),
+    [(write_indexed, "", EVIDENCE), (write_original, "posterior_database", (None, None))],
+)
+def test_the_folder_can_come_from_the_environment(write, inside, evidence, monkeypatch, tmp_path):
+    write(tmp_path)
+    monkeypatch.setenv("PYRO_NF_POSTERIORDB", str(tmp_path / inside))
     posterior = posteriordb.load("garch-garch11")
-    assert (posterior.log_evidence, posterior.log_evidence_se) == EVIDENCE
+    assert (posterior.log_evidence, posterior.log_evidence_se) == evidence
 
 
 def test_bad_input_gets_a_sentence(monkeypatch, tmp_path):
@@ -388,6 +397,8 @@ def test_a_restricted_prior_has_the_bases_density_and_draws_inside(float64):
     assert draws.shape == (20_000, 3, 2)
     assert (draws[..., 0] < draws[..., 1]).all()
     assert torch.equal(prior.log_prob(draws), base.log_prob(draws))
+    with pytest.raises(ValueError, match="within the support"):
+        prior.log_prob(torch.tensor([1.0, 0.0]))
     proposed = base.sample((60_000,))
     expected = proposed[proposed[:, 0] < proposed[:, 1]].mean(0)
     assert torch.allclose(draws.mean((0, 1)), expected, atol=0.03)
