@@ -102,7 +102,7 @@ def importance_evidence(posterior: Posterior, num_draws: int = 10_000, seed: int
     """
     density = _Density(posterior)
     z = density.reference()
-    # The covariance of a Student-t is df / (df - 2) times its scale matrix. That of one coordinate is a scalar in torch.
+    # The covariance of a Student-t is df / (df - 2) times its scale matrix; torch's of one coordinate is a scalar.
     scale_tril = torch.linalg.cholesky(torch.atleast_2d(z.T.cov()) * (_DF - 2) / _DF)
     proposal = dist.MultivariateStudentT(z.new_tensor(_DF), z.mean(0), scale_tril)
     with torch.random.fork_rng([z.device] if z.is_cuda else []), torch.no_grad():

@@ -62,7 +62,7 @@ def hidden_markov(u: Tensor, v: Tensor, alpha: Tensor) -> None:
     states are summed out; both first states have weight 1.
 
     Args:
-        u: `(size,)`, positive.
+        u: `(size,)`, positive, two values or more.
         v: `(size,)`, positive.
         alpha: `(2, 2)`, positive.
     """
