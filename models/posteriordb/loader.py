@@ -1,0 +1,173 @@
+"""Posteriors of posteriordb: model, data, reference draws."""
+
+import difflib
+import gzip
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
+
+_VARIABLE = "PYRO_NF_POSTERIORDB"
+
+
+class Posterior(NamedTuple):
+    """A posterior, `model(*args)`, and what is known of it.
+
+    Attributes:
+        name: Its name in posteriordb.
+        model: The Pyro model.
+        args: The model's arguments: the data.
+        reference: Draws of every latent and deterministic site, `{site: (num_chains, num_draws, *shape)}`; in
+            posteriordb ten chains of 1,000 nearly independent draws; `None` where the folder has none.
+        log_evidence: `log p(data)` in nats, all constants of the densities included; `None` where the folder has none.
+        log_evidence_se: Its standard error.
+    """
+
+    name: str
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    reference: dict[str, Tensor] | None = None
+    log_evidence: float | None = None
+    log_evidence_se: float | None = None
+
+
+class _Record(NamedTuple):
+    """What a folder holds of a posterior; the draws are `{site: (num_chains, num_draws, *shape)}`."""
+
+    data: dict[str, Any]
+    draws: dict[str, Floats] | None = None
+    log_evidence: float | None = None
+    log_evidence_se: float | None = None
+
+
+def names() -> list[str]:
+    """Return the names that `load` knows."""
+    return sorted(ENTRIES)
+
+
+def load(
+    name: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> Posterior:
+    """Read a posterior of posteriordb.
+
+    The folder is a checkout of https://github.com/stan-dev/posteriordb, or one with `index.json` (a list with `name`,
+    `data`, `reference`, `log_evidence` and `log_evidence_se` of each posterior), `data/DATA.json.gz` and
+    `reference/REFERENCE.npz` (`names` and `draws` of the parameters).
+
+    Args:
+        name: One of `names()`.
+        folder: Where the files are; `None` for the environment variable `PYRO_NF_POSTERIORDB`.
+        dtype: Of data and draws. The scales of some posteriors differ by orders of magnitude: float64 is the default.
+        device: Of data and draws.
+
+    Raises:
+        ValueError: If there is no such name (the nearest one is offered), no such folder, or no such posterior in it.
+
+    References:
+        Magnusson, Torgander, Bürkner, Zhang, Carpenter, Vehtari (2024), "posteriordb: testing, benchmarking and
+        developing Bayesian inference algorithms", arXiv:2407.04967.
+
+    Example:
+        >>> from pyro_nf.models import posteriordb
+        >>> posteriordb.names()[0]
+        'arK-arK'
+    """
+    if name not in ENTRIES:
+        near = difflib.get_close_matches(str(name), ENTRIES, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"name must be one of the {len(ENTRIES)} in posteriordb.names(); got {name!r}{hint}")
+    entry, record = ENTRIES[name], _read(_folder(folder), name)
+    tensor = partial(torch.as_tensor, dtype=dtype, device=device)
+    args = tuple(value if isinstance(value, int) else tensor(value) for value in entry.arguments(_arrays(record.data)))
+    reference = None
+    if record.draws is not None:
+        draws = {**record.draws, **entry.derived(record.draws)}
+        reference = {site: tensor(values) for site, values in draws.items()}
+    return Posterior(name, entry.model, args, reference, record.log_evidence, record.log_evidence_se)
+
+
+def _folder(folder: str | os.PathLike[str] | None) -> Path:
+    given = os.environ.get(_VARIABLE) if folder is None else folder
+    if not given:
+        raise ValueError(f"folder must be that of posteriordb's files; give it, or set {_VARIABLE}")
+    if not Path(given).is_dir():
+        raise ValueError(f"folder must be that of posteriordb's files; there is no folder {str(given)!r}")
+    return Path(given)
+
+
+def _read(folder: Path, name: str) -> _Record:
+    if (folder / "index.json").is_file():
+        return _read_indexed(folder, name)
+    for database in (folder / "posterior_database", folder):
+        if (database / "posteriors").is_dir():
+            return _read_original(database, name)
+    raise ValueError(f"folder must hold index.json or posterior_database/posteriors; {str(folder)!r} has neither")
+
+
+def _read_indexed(folder: Path, name: str) -> _Record:
+    entries = {entry["name"]: entry for entry in json.loads((folder / "index.json").read_text())}
+    if name not in entries:
+        raise ValueError(f"folder {str(folder)!r} has no posterior {name!r} in its index.json")
+    entry = entries[name]
+    with gzip.open(folder / "data" / f"{entry['data']}.json.gz") as file:
+        data = json.load(file)
+    draws, path = None, folder / "reference" / f"{entry['reference']}.npz"
+    if path.is_file():
+        with np.load(path) as arrays:
+            draws = _by_site(arrays["names"].tolist(), arrays["draws"])
+    return _Record(data, draws, entry.get("log_evidence"), entry.get("log_evidence_se"))
+
+
+def _read_original(database: Path, name: str) -> _Record:
+    path = database / "posteriors" / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"folder {str(database)!r} has no posterior {name!r}")
+    entry = json.loads(path.read_text())
+    data = _read_zip(database / "data" / "data" / f"{entry['data_name']}.json.zip")
+    reference = entry.get("reference_posterior_name")
+    path = database / "reference_posteriors" / "draws" / "draws" / f"{reference}.json.zip"
+    if not path.is_file():
+        return _Record(data)
+    chains = _read_zip(path)
+    variables = list(chains[0])
+    draws = np.array([[chain[variable] for variable in variables] for chain in chains])
+    return _Record(data, _by_site(variables, draws.swapaxes(1, 2)))
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive, archive.open(path.stem) as file:
+        return json.load(file)
+
+
+def _arrays(data: Mapping[str, Any]) -> Data:
+    return {key: np.array(value, np.float64) if isinstance(value, list) else value for key, value in data.items()}
+
+
+def _by_site(variables: Sequence[str], draws: Floats) -> dict[str, Floats]:
+    """Gather `"beta[1]"`, `"beta[2]"`, ... into `"beta"`, whose last dimension they are; a name alone is a scalar.
+
+    Args:
+        variables: Names, in any order.
+        draws: `(num_chains, num_draws, num_variables)`.
+    """
+    positions: dict[str, dict[int, int]] = {}
+    for position, variable in enumerate(variables):
+        site, _, index = variable.partition("[")
+        positions.setdefault(site, {})[int(index.rstrip("]") or 0)] = position
+    sites = {}
+    for site, where in positions.items():
+        sites[site] = draws[..., where[0]] if 0 in where else draws[..., [where[index] for index in sorted(where)]]
+    return sites
