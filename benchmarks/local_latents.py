@@ -158,7 +158,7 @@ def main():
         "--stages",
         type=lambda text: tuple(float(number) if "." in number else int(number) for number in text.split(",")),
         nargs="+",
-        default=[(1000, 0.01, 3000, 1000), (5000, 0.001, 3000, 1000), (20_000, 0.0003, 2000, 1000)],
+        default=[(1000, 0.01, 3000, 1000), (5000, 0.001, 3000, 1000)],
         help="batch size, learning rate, steps, steps of a block (a whole number of epochs), with commas between",
     )
     parser.add_argument("--draws", type=int, default=2000, help="of NUTS")

@@ -63,7 +63,7 @@ class FlowSVI:
         max_steps: Upper bound of the run.
         eval_every: Steps between evaluations.
         eval_particles: Draws of the final evaluation.
-        clip_norm: Largest norm of the gradient.
+        clip_norm: Where gradients are usually longer than this, all are scaled down; single long ones are cut.
         num_starts: Before the first step, let the guide look for modes from so many points and begin there, if it can
             (`AutoFlow.warm_start`); the result says whether they agree. 0 begins where the guide is.
         compile: Whether to record a step as a graph of tensor operations and compile it, which takes from ten seconds

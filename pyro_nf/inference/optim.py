@@ -18,6 +18,7 @@ class State(NamedTuple):
         run_skipped: Of those, how many came in a row until now.
         average: Mean of the parameters over the steps since the average was restarted.
         num_averaged: Count of those steps.
+        usual_norm: Decaying average of the gradients' norms.
     """
 
     params: Tensor
@@ -28,27 +29,36 @@ class State(NamedTuple):
     run_skipped: Tensor
     average: Tensor
     num_averaged: Tensor
+    usual_norm: Tensor
 
     @staticmethod
     def start(params: Tensor) -> "State":
         """Return the state before the first step: tensors of their own, for a graph tells its inputs apart by that."""
-        zeros = [params.new_zeros(()) for _ in range(4)]
+        zeros = [params.new_zeros(()) for _ in range(5)]
         mean, square = torch.zeros_like(params), torch.zeros_like(params)
-        return State(params, mean, square, zeros[0], zeros[1], zeros[2], params.clone(), zeros[3])
+        return State(params, mean, square, zeros[0], zeros[1], zeros[2], params.clone(), zeros[3], zeros[4])
 
     def restart_average(self) -> "State":
         """Let the average begin with the next step."""
         return self._replace(num_averaged=torch.zeros_like(self.num_averaged))
 
 
+# Decay of the usual norm, and how many times as long as usual a gradient may be.
+_NORM_DECAY, _SPIKE = 0.95, 5.0
+
+
 class GuardedAdam:
-    r"""Adam with global-norm clipping, that leaves parameters as they are where loss or gradient is not finite.
+    r"""Adam with scaled and clipped gradients, that stays where it is where loss or gradient is not finite.
 
     `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
     `theta -= lr (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + weight_decay theta)`.
 
+    Where gradients are usually longer than `clip_norm`, all are scaled down by one factor, from the norms of the steps
+    before. (To cut each to a length of its own would bias their sum: minibatches with long gradients would count less
+    than others.) Only what is five times as long as usual, and longer than `clip_norm`, is cut.
+
     Args:
-        clip_norm: Largest Euclidean norm of the whole gradient; a longer one is scaled down.
+        clip_norm: Usual Euclidean norm of the whole gradient above which gradients are scaled down to it.
         weight_decay: Decoupled decay of every parameter towards 0 (AdamW).
         betas: Decay of the two averages.
         eps: Keeps the division defined.
@@ -71,7 +81,10 @@ class GuardedAdam:
         """Return the state after a step with this gradient of `state.params`' shape."""
         norm = grad.norm()
         finite = norm.isfinite() & loss.isfinite()
-        grad = torch.where(finite, grad * (self.clip_norm / norm.clamp(min=self.clip_norm)), 0.0)
+        usual = torch.where(state.num_updates > 0, state.usual_norm, norm)
+        scale = self.clip_norm / usual.clamp(min=self.clip_norm)
+        longest = (_SPIKE * usual).clamp(min=self.clip_norm)
+        grad = torch.where(finite, grad * scale * (longest / norm.clamp(min=longest)), 0.0)
         b1, b2 = self.betas
         t = state.num_updates + finite
         mean = torch.where(finite, b1 * state.mean + (1 - b1) * grad, state.mean)
@@ -91,4 +104,5 @@ class GuardedAdam:
             run_skipped=torch.where(finite, 0.0, state.run_skipped + 1),
             average=torch.lerp(state.average, params, 1 / num_averaged),
             num_averaged=num_averaged,
+            usual_norm=torch.where(finite, torch.lerp(norm.clamp(max=longest), usual, _NORM_DECAY), state.usual_norm),
         )

@@ -31,11 +31,33 @@ def test_it_is_adamw(weight_decay):
     torch.testing.assert_close(state.params, param.detach())
 
 
-def test_long_gradients_are_clipped_and_short_ones_left():
+def test_long_gradients_are_scaled_down_and_short_ones_left():
     long, short = torch.full((1, 5), 100.0), torch.full((1, 5), 0.1)
     adam = GuardedAdam(clip_norm=1.0)
     assert run(adam, long)[-1].mean.norm().isclose(torch.tensor(0.1))
     torch.testing.assert_close(run(adam, short)[-1].mean, 0.1 * short[0])
+
+
+def test_a_spike_is_cut_to_five_times_the_usual_norm():
+    usual = torch.zeros(5).index_fill(0, torch.tensor(0), 3.0)
+    before, after = run(GuardedAdam(clip_norm=1.0), torch.stack([usual, usual, 1e9 * usual]))[-2:]
+    step = (after.mean - 0.9 * before.mean) / 0.1  # the gradient that was taken in
+    assert step.norm().isclose(torch.tensor(5.0))  # scaled by 1 / 3, as the others
+    assert after.usual_norm < 4.0
+
+
+def test_gradients_of_which_few_are_long_keep_their_mean():
+    # Nine in ten are -1, one is +9 and more: to clip each would leave a mean below zero.
+    generator = torch.Generator().manual_seed(0)
+    long = torch.rand(4000, 1, generator=generator) < 0.1
+    grads = 1000 * torch.where(long, 9.0, -1.0).double().expand(-1, 5)
+    adam, state, total = GuardedAdam(clip_norm=10.0), State.start(torch.zeros(5)), 0.0
+    for grad in grads:
+        new = adam.update(state, torch.tensor(1.0), grad, torch.tensor(0.0))
+        taken = (new.mean - 0.9 * state.mean) / 0.1 / 10.0
+        total, state = total + taken, new
+    clipped = (grads / grads.norm(dim=1, keepdim=True)).mean()
+    assert (total / 4000).abs().max() < 0.25 * clipped.abs()
 
 
 @pytest.mark.parametrize("where", ["gradient", "loss"])
