@@ -17,9 +17,10 @@ from torch.distributions import Transform, constraints
 
 from pyro_nf.coordinates import model_log_density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
-from pyro_nf.flows import ElementwiseAffine, Flow, LowerTriangularAffine, Sequential
+from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
 from pyro_nf.guides.bases import BaseLike, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
+from pyro_nf.guides.framed import FramedAffine
 from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.modes import Starts, find_starts, starting_points
 from pyro_nf.supports import bijection
@@ -88,6 +89,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._make_base = partial(make_base, base)
         self._init_scale = init_scale
         self._outdated = False
+        self._affine_alone = False
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site, in the model's plates."""
@@ -127,7 +129,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if hasattr(self, "flow"):
             return
         inner = self._make_flow(self.latent_dim)
-        affine = LowerTriangularAffine if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
+        affine = FramedAffine if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
         self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
 
@@ -169,6 +171,32 @@ class AutoFlow(FlowGuide, AutoContinuous):
             if isinstance(self.base, MixtureBase):
                 self.base.assign(starts.modes, starts.shares)
         return starts
+
+    @torch.no_grad()
+    def stages(self, *args: Any, **kwargs: Any) -> Iterator[str]:
+        """Go through the stages of a fit that needs no tuning; `FlowSVI` takes as many as the posterior needs.
+
+        "affine" leaves the flow out, which still is the identity; "flow" has all of it, in coordinates in which the
+        posterior found so far is the base; "flow, longer" goes on. There are none for a guide that was fitted before,
+        or has more than 500 coordinates.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+        """
+        self._ensure_prototype(*args, **kwargs)
+        inner, affine = self.flow.flows
+        points = self.get_base_dist().sample((10,))
+        if self.latent_dim > _FULL_RANK_DIM or not torch.equal(inner(points), points):
+            return
+        self._affine_alone = True
+        try:
+            yield "affine"
+        finally:
+            self._affine_alone = False
+        affine.reframe()
+        yield "flow"
+        yield "flow, longer"
 
     def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each site's name and its initial value on the real line."""
@@ -221,13 +249,18 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""
-        return FlowDistribution(self.get_base_dist(), self.flow)
+        return FlowDistribution(self.get_base_dist(), self._active_flow)
+
+    @property
+    def _active_flow(self) -> Flow:
+        flow: Any = self.flow
+        return flow.flows[-1] if self._affine_alone else flow
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the coordinates, as one auxiliary site."""
         posterior, name = self.get_posterior(), f"_{self._pyro_name}_latent"
         if isinstance(self.base, MixtureBase):
-            posterior = FlowDistribution(self.base.draw_from(name), self.flow)
+            posterior = FlowDistribution(self.base.draw_from(name), self._active_flow)
         latent: Tensor = pyro.sample(name, ScoredDraw(posterior), infer={"is_auxiliary": True})
         return latent
 

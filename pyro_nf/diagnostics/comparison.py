@@ -71,7 +71,7 @@ def compare(fits: Mapping[str, Fit], **options: Any) -> pd.DataFrame:
     found = {}
     for name, fit in fits.items():
         if fit.args is None:
-            raise ValueError(f"fits[{name!r}] must be a fit to all the data; it was fitted to minibatches")
+            raise ValueError(f"fits[{name!r}] must be a fit to all the data; it was one to minibatches, or pickled")
         found[name] = diagnose(fit.model, fit.guide, *fit.args, **fit.kwargs, **options)
     evidence = max(found.values(), key=lambda diagnosis: diagnosis.ess).log_evidence
     rows = {

@@ -1,5 +1,6 @@
 """FlowSVI: fit a guide, stop when it is done, keep the best."""
 
+import copy
 import itertools
 import math
 import os
@@ -20,6 +21,7 @@ from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
+from pyro_nf.inference.stages import Staged, fit_in_stages
 from pyro_nf.objectives import ELBO
 from pyro_nf.tracing import Particle, Program, log_prob_sum
 
@@ -29,6 +31,8 @@ _MAX_RUN_SKIPPED = 100
 _MAX_NOISE = 2**22
 # Minibatches of the first evaluation and the last ones, whose steps are plain and so slow.
 _MAX_EVAL_BATCHES = 100
+# Steps that leave room for stages.
+_MIN_STAGED = 3000
 # Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
@@ -134,6 +138,7 @@ class FlowSVI:
             raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
         self.compile = compile
         self.program = Program(model, guide)
+        self._own_objective = objective is None
         self.objective = ELBO() if objective is None else objective
         self.num_particles, self.learning_rate, self.weight_decay = num_particles, learning_rate, weight_decay
         self.max_steps, self.eval_every, self.eval_particles = max_steps, eval_every, eval_particles
@@ -151,7 +156,8 @@ class FlowSVI:
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
         """
-        return self._run(itertools.repeat((args, kwargs)), fixed=True)
+        staged = self._in_stages(args, kwargs)
+        return staged or self._run(itertools.repeat((args, kwargs)), fixed=True)
 
     def run_batches(self, batches: Iterable[Any]) -> FitResult:
         """Fit to minibatches, one for each step, over and over.
@@ -178,6 +184,32 @@ class FlowSVI:
             got = None if self.checkpoint is None else str(self.checkpoint)
             raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
+
+    def _in_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult | None:
+        """Fit in stages, if nothing that the user asked for forbids it."""
+        plain = self.learning_rate is None and self.checkpoint is None and self._own_objective
+        if not (
+            plain and isinstance(self.program.guide, Staged) and self.max_steps >= _MIN_STAGED and Ranks().size == 1
+        ):
+            return None
+        if self.program.structure(args, kwargs).subsamples:
+            return None
+
+        def fit(learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
+            svi = copy.copy(self)
+            svi.learning_rate, svi.eval_every, svi.num_starts = learning_rate, eval_every, 0
+            svi.max_steps = min(max_steps, self.max_steps)
+            svi.seed = None if self.seed is None else self.seed + number
+            return svi._run(itertools.repeat((args, kwargs)), fixed=True)
+
+        before = random_state()
+        try:
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+            return fit_in_stages(fit, self.program, self.num_starts, args, kwargs)
+        finally:
+            if self.seed is not None:
+                set_random_state(before)
 
     def _run(self, data: Iterator[Arguments], fixed: bool, resume: Path | None = None) -> FitResult:
         ranks = Ranks()
@@ -290,6 +322,7 @@ class FlowSVI:
             execution_reason=execution.reason,
             compile_seconds=execution.seconds,
             path_gradient=self.objective.path_gradient,
+            stages=(),
             starts=starts,
             history=torch.cat([flat.new_empty(0), *fit.history]),
             evaluations=tuple(fit.evaluations),

@@ -7,6 +7,32 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 
+class Stage(NamedTuple):
+    """A stage of a fit that needs no tuning, as it was measured by fresh draws when it ended.
+
+    Attributes:
+        name: What was fitted.
+        elbo: ELBO in nats.
+        elbo_mcse: Its Monte Carlo standard error.
+        gap: Estimate of the log evidence, less the ELBO, in nats.
+        ess_fraction: Effective part of the draws, by their importance weights.
+        khat: Pareto shape of the weights' tail.
+        steps: Steps taken.
+        seconds: Wall time.
+        kept: Whether the guide holds what came of it, or of the stage before, which was better.
+    """
+
+    name: str
+    elbo: float
+    elbo_mcse: float
+    gap: float
+    ess_fraction: float
+    khat: float
+    steps: int
+    seconds: float
+    kept: bool
+
+
 class Evaluation(NamedTuple):
     """The ELBO when `step` steps were taken, by draws that changed nothing yet, and its Monte Carlo error (nats)."""
 
@@ -34,10 +60,11 @@ class FitResult:
         execution_reason: Why they were not compiled, or an empty string.
         compile_seconds: Wall time spent on recording and compiling.
         path_gradient: Whether the last steps left the score out of the gradient ("sticking the landing").
+        stages: The stages of the fit; none where it was a single one.
         starts: What the guide's warm start found, `None` without one; `print` says so where starts disagree.
         history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The evaluations on the way, one for each `eval_every` steps.
-        model: The model that was fitted.
+        model: The model that was fitted; `None`, like the next three, in a pickle, which goes without them.
         guide: Its guide.
         args: The model's arguments, `None` where they were minibatches.
         kwargs: Its keyword arguments.
@@ -57,6 +84,7 @@ class FitResult:
     execution_reason: str
     compile_seconds: float
     path_gradient: bool
+    stages: tuple[Stage, ...]
     starts: Any
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)
@@ -64,6 +92,9 @@ class FitResult:
     guide: Callable[..., Any] = field(repr=False)
     args: tuple[Any, ...] | None = field(repr=False)
     kwargs: dict[str, Any] = field(repr=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "model": None, "guide": None, "args": None, "kwargs": {}}
 
     def __str__(self) -> str:
         """One line for people."""
