@@ -253,8 +253,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def _active_flow(self) -> Flow:
-        flow: Any = self.flow
-        return flow.flows[-1] if self._affine_alone else flow
+        whole: Any = self.flow
+        active: Flow = whole.flows[-1] if self._affine_alone else whole
+        return active
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the coordinates, as one auxiliary site."""

@@ -25,7 +25,7 @@ class FramedAffine(LowerTriangularAffine):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__(dim, **options)
-        like = self.params.loc.detach()
+        like: Any = self.params.loc
         self.register_buffer("origin", torch.zeros_like(like))
         self.register_buffer("frame", torch.eye(dim, dtype=like.dtype, device=like.device))
 

@@ -1,7 +1,6 @@
 """A fit that needs no tuning: stages, each measured, as many as the posterior needs."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -12,10 +11,9 @@ from pyro_nf.diagnostics.weights import WeightSummary, log_densities, summarise
 from pyro_nf.inference.result import Evaluation, FitResult, Stage
 from pyro_nf.tracing import Program
 
-# A stage is good enough if its divergence from the posterior is below this, in nats, by its weights ...
-_GOOD_GAP = 0.005
-# ... of so many draws.
-_NUM_DRAWS = 5000
+# A stage is good enough if its divergence from the posterior is below this, in nats, and its effective draws more than
+# this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.)
+_GOOD_GAP, _GOOD_ESS, _NUM_DRAWS = 0.005, 0.98, 5000
 # Learning rate, most steps, and steps between evaluations of each stage. Coordinates in which the posterior is nearly
 # standard make rates universal; a flow's networks want a lower one.
 _PLAN = {"affine": (0.03, 400, 50), "flow": (0.003, 2000, 100), "flow, longer": (0.002, 4000, 200)}
@@ -75,7 +73,7 @@ def fit_in_stages(
         if kept:
             state = {key: value.clone() for key, value in guide.state_dict().items()}
             best = (found.elbo, state, found, result)
-        else:
+        elif best is not None:
             guide.load_state_dict(best[1])
         gap = found.log_evidence - found.elbo
         seconds = time.perf_counter() - start
@@ -84,7 +82,7 @@ def fit_in_stages(
         )
         results.append(result)
         ended = result.stop_reason.startswith(("interrupted", "stopped", "failed"))
-        if ended or _is_good(best[2]):
+        if ended or (kept and _is_good(found)):
             break
     if best is None:
         return None
@@ -112,7 +110,7 @@ def fit_in_stages(
 
 def _is_good(found: WeightSummary) -> bool:
     gap = found.log_evidence - found.elbo
-    return math.isfinite(gap) and gap < _GOOD_GAP and found.khat < found.khat_threshold
+    return gap < _GOOD_GAP and found.ess_fraction > _GOOD_ESS
 
 
 def _measure(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightSummary:

@@ -1,0 +1,101 @@
+"""Fits in stages: what needs no flow gets none, units do not matter, and no stage makes the posterior worse."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer.autoguide import AutoNormal
+
+from pyro_nf.guides import AutoFlow
+from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.stages import fit_in_stages
+from pyro_nf.objectives import ELBO
+from pyro_nf.tracing import Program
+
+
+def normal(loc=1e3, scale=1e-3):
+    cov = scale**2 * torch.tensor([[1.0, 0.99], [0.99, 1.0]]).double()
+    pyro.sample("z", dist.MultivariateNormal(torch.full((2,), loc).double(), cov))
+
+
+def banana():
+    x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
+    pyro.sample("y", dist.Normal(x**2, 0.3))
+
+
+def test_a_normal_posterior_of_any_unit_needs_no_flow():
+    guide = AutoFlow(normal)
+    result = FlowSVI(normal, guide, seed=0, progress=False).run()
+    assert [stage.name for stage in result.stages] == ["affine"]
+    assert result.stages[0].kept
+    assert result.elbo == pytest.approx(0.0, abs=0.002)
+    assert result.converged
+    assert "divergence" in result.stop_reason
+    assert result.steps == result.stages[0].steps == len(result.history) <= 400
+    draws = guide.sample_posterior(50_000)["z"]
+    assert torch.allclose(draws.mean(0), torch.tensor(1e3).double(), atol=2e-5, rtol=0)
+    assert torch.allclose(draws.std(0), torch.tensor(1e-3).double(), rtol=0.02)
+
+
+@pytest.mark.slow
+def test_a_bent_posterior_gets_a_flow():
+    guide = AutoFlow(banana)
+    result = FlowSVI(banana, guide, seed=0, progress=False).run()
+    affine, flow = result.stages[:2]
+    assert (affine.name, flow.name) == ("affine", "flow")
+    assert affine.gap > 0.1
+    assert flow.gap < 0.02
+    assert flow.ess_fraction > 0.95
+    assert result.elbo == pytest.approx(0.0, abs=0.02)
+    assert result.steps == sum(stage.steps for stage in result.stages)
+    assert result.evaluations[-1].step == result.steps
+    assert list(guide.stages()) == []  # a fitted guide goes on as it is
+
+
+def test_a_stage_that_is_worse_is_taken_back():
+    guide = AutoFlow(banana)
+    guide()
+
+    def fit(learning_rate, max_steps, eval_every, number):
+        result = FlowSVI(banana, guide, learning_rate=0.01, max_steps=100, seed=0, progress=False).run()
+        if number:  # break what came out
+            with torch.no_grad():
+                guide.flow.flows[-1].params.loc.add_(10.0)
+        return result
+
+    result = fit_in_stages(fit, Program(banana, guide), 2, (), {})
+    assert [stage.kept for stage in result.stages] == [True, False, False]
+    assert result.elbo == result.stages[0].elbo
+    assert result.best_step <= 100
+    assert float(guide.sample_posterior(1000)["x"].mean().abs()) < 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"learning_rate": 0.01}, {"objective": ELBO()}, {"max_steps": 100}, {"checkpoint": "fit.pt"}],
+    ids=["rate", "objective", "steps", "checkpoint"],
+)
+def test_whoever_asks_for_something_else_gets_a_single_stage(options):
+    assert FlowSVI(banana, AutoFlow(banana), **options, progress=False)._in_stages((), {}) is None
+
+
+def test_other_guides_and_minibatches_are_a_single_stage():
+    y = torch.randn(100)
+
+    def model():
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 100, subsample_size=10) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    assert FlowSVI(model, AutoFlow(model))._in_stages((), {}) is None
+    assert FlowSVI(banana, AutoNormal(banana))._in_stages((), {}) is None
+
+
+def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
+    results = [
+        FlowSVI(banana, AutoFlow(banana), callbacks=[lambda evaluation: True], seed=3, progress=False).run()
+        for _ in range(2)
+    ]
+    assert len(results[0].stages) == 1
+    assert "callback" in results[0].stop_reason
+    assert results[0].elbo == results[1].elbo
