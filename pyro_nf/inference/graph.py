@@ -108,8 +108,9 @@ class GraphSteps:
             except Exception as error:  # whatever the model raises where its tensors have no values
                 raise GraphError(first_line(error)) from error
             self._held = _lift(self._graph, params)
+            self._script = _script(self._graph, (*(tensor.clone() for tensor in inputs), *self._held))
         self.unroll = 1
-        self._call: Callable[..., Leaves] = self._steps
+        self._call: Callable[..., Leaves] = self._scripted_steps
 
     @property
     def size(self) -> int:
@@ -161,7 +162,7 @@ class GraphSteps:
                     self._call = inductor_compile(graph, list(inputs), options)
                 self(state, rates, draws, leaves)
             except Exception as error:  # the compiler's errors are of many kinds
-                self.unroll, self._call = 1, self._steps
+                self.unroll, self._call = 1, self._scripted_steps
                 raise GraphError(first_line(error)) from error
 
     def verify(self) -> None:
@@ -200,7 +201,7 @@ class GraphSteps:
         with torch.no_grad():  # gradients are operations of the graph
             for start in range(0, len(rates), self.unroll):
                 # What is left over by whole calls runs as recorded.
-                call = self._call if start < whole else self._steps
+                call = self._call if start < whole else self._scripted_steps
                 part = slice(start, start + self.unroll)
                 if on_gpu:
                     torch.compiler.cudagraph_mark_step_begin()
@@ -214,11 +215,17 @@ class GraphSteps:
 
     def _steps(self, *inputs: Tensor) -> Leaves:
         """Take the steps of one call: states, learning rates and draws of each step, data."""
+        return self._steps_of(self._graph, inputs)
+
+    def _scripted_steps(self, *inputs: Tensor) -> Leaves:
+        return self._steps_of(self._script, inputs)
+
+    def _steps_of(self, graph: Callable[..., Leaves], inputs: Leaves) -> Leaves:
         first, second = len(State._fields), len(State._fields) + 2 + self._num_plates
         state, (rates, *draws), leaves = inputs[:first], inputs[first:second], inputs[second:]
         values = []
         for i in range(len(rates)):
-            *new, value = self._graph(*state, rates[i], *(tensor[i] for tensor in draws), *leaves)
+            *new, value = graph(*state, rates[i], *(tensor[i] for tensor in draws), *leaves)
             state = tuple(new)
             values.append(value)
         return *state, torch.stack(values)
@@ -330,6 +337,17 @@ def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:
         nodes.erase_node(node)
     graph.recompile()
     return tuple(held)
+
+
+def _script(graph: GraphModule, inputs: Leaves) -> Callable[..., Leaves]:
+    """Return the graph as TorchScript, which goes from operation to operation without Python: twice as fast."""
+    try:
+        with torch.no_grad():
+            script: Callable[..., Leaves] = torch.jit.trace(graph, inputs, check_trace=False)
+            script(*inputs)
+    except Exception:  # operations that TorchScript does not know, of whatever library the model uses
+        return graph
+    return script
 
 
 def _merge(graph: GraphModule) -> None:
