@@ -387,8 +387,10 @@ class FlowSVI:
             particles = ranks.share(self.num_particles)
             with torch.no_grad():
                 number = min(self.eval_every, _MAX_EVAL_BATCHES)
-                batches = [self.program.draw(particles, args, kwargs) for _ in range(number)]
-                values = torch.stack([self.program.map(elbo, draws, args, kwargs)["elbo"].mean() for draws in batches])
+                # As epochs, in which the noise of minibatches cancels.
+                draws = self.program.draw(particles, args, kwargs, number)
+                batches = [self.program.map(elbo, draws.step(i), args, kwargs)["elbo"] for i in range(number)]
+                values = torch.stack([batch.mean() for batch in batches])
         mean = ranks.mean(values.mean())
         variance = ranks.mean((values - mean).square().mean())
         return _evaluation(step, float(mean), float(variance), ranks.size * len(values))
