@@ -43,8 +43,8 @@ MAX_UNROLL = 2
 
 # What `pays_to_compile` assumes, measured on one core of an AMD EPYC. No clock decides: a seed gives the same run.
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION, SECONDS_SAVED_PER_OPERATION = 4.0, 0.012, 4e-6
-# Recording a step takes as long as some hundred plain steps, and about halves the time of those that follow.
-MIN_STEPS_TO_RECORD = 1000
+# Recording a step takes as long as some 200 plain steps; those that follow are five to twenty times as fast.
+MIN_STEPS_TO_RECORD = 300
 
 
 class GraphError(Exception):
