@@ -1,12 +1,14 @@
 """Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nf.coordinates import LogDensity
 from pyro_nf.distributions import FlowDistribution
@@ -17,9 +19,16 @@ _RADIUS = 2.0
 _MIN_PRECISION, _MAX_PRECISION = 1e-6, 1e12
 # Two runs have found one mode if they ended within so many of its standard deviations, by root mean square.
 _SAME_MODE = 0.5
+# At a mode the log density's slope, in nats for each of its standard deviations, is below this, by root mean square.
+_LEVEL = 0.1
 # A mode with less of the evidence than this is left out.
 _NEGLIGIBLE = 1e-3
 _NUM_DRAWS, _CHUNK = 500, 100
+# Of L-BFGS: a climb into the neck of a funnel has no end.
+_MAX_ITERATIONS = 200
+
+ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""`(dim,) -> (dim,), ()`: gradient and value, as torch.func gives them."""
 
 
 class Mode(NamedTuple):
@@ -30,12 +39,14 @@ class Mode(NamedTuple):
         scale_tril: Cholesky factor of the inverse of minus the log density's Hessian there, `(dim, dim)`.
         elbo: The normal's ELBO, an estimate of the evidence near the mode from below.
         num_runs: How many runs ended there.
+        converged: Whether it is flat there, and not a point on the way into the neck of a funnel.
     """
 
     loc: Tensor
     scale_tril: Tensor
     elbo: float
     num_runs: int
+    converged: bool = True
 
 
 class Starts(NamedTuple):
@@ -56,12 +67,17 @@ class Starts(NamedTuple):
     @property
     def disagree(self) -> bool:
         """Whether runs ended at different modes, none of which is negligible."""
-        return len(self.modes) > 1
+        return sum(mode.converged for mode in self.modes) > 1
 
     def __str__(self) -> str:
         """One line for people."""
         if not self.modes:
             return f"{self.num_runs} starts: none is better than the guide as it was (ELBO {self.elbo:.3f})"
+        if not any(mode.converged for mode in self.modes):
+            return (
+                f"{self.num_runs} starts came to no mode; the best normal on their way is better than the guide was "
+                f"(ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
+            )
         if not self.disagree:
             return f"{self.num_runs} starts agree on one mode (ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
         shares = ", ".join(f"{share:.2f}" for share in self.shares)
@@ -90,16 +106,19 @@ def find_starts(log_density: LogDensity, posterior: FlowDistribution, points: Te
 def find_modes(log_density: LogDensity, points: Tensor) -> list[Mode]:
     """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first."""
     found: list[Mode] = []
+    value_and_grad = _recorded(torch.func.grad_and_value(log_density), points)
     for point in points:
-        loc = _climb(log_density, point)
-        scale_tril = None if loc is None else _scale_tril(log_density, loc)
-        if loc is None or scale_tril is None:
+        loc = _climb(value_and_grad, point)
+        scale_tril = _scale_tril(log_density, loc)
+        if scale_tril is None:
             continue
+        slope = scale_tril.mT @ value_and_grad(loc)[0]
+        converged = float(slope.square().mean().sqrt()) < _LEVEL
         same = [i for i, mode in enumerate(found) if distance(mode, loc) < _SAME_MODE]
         if same:
             found[same[0]] = found[same[0]]._replace(num_runs=found[same[0]].num_runs + 1)
         else:
-            found.append(Mode(loc, scale_tril, _elbo(log_density, loc, scale_tril), 1))
+            found.append(Mode(loc, scale_tril, _elbo(log_density, loc, scale_tril), 1, converged))
     return sorted(found, key=lambda mode: -mode.elbo)
 
 
@@ -114,9 +133,23 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
     return torch.stack([points, -points], 1).flatten(0, 1)[:num_points]
 
 
-def _climb(log_density: LogDensity, point: Tensor) -> Tensor | None:
-    """Return the mode that L-BFGS ends at, or `None` where it ends at no finite one."""
-    value_and_grad = torch.func.grad_and_value(log_density)
+def _recorded(function: ValueAndGrad, points: Tensor) -> ValueAndGrad:
+    """Return the function as a graph without Pyro's handlers, if that gives the same at other points."""
+    try:
+        graph: ValueAndGrad = make_fx(function)(points[0].clone())
+        elsewhere = [*points, points[0] + 0.1]
+        same = all(
+            torch.allclose(one, other, rtol=1e-3, equal_nan=True)
+            for point in elsewhere
+            for one, other in zip(function(point), graph(point), strict=True)
+        )
+    except Exception:  # control flow that depends on values, or what the recorder does not know
+        return function
+    return graph if same else function
+
+
+def _climb(value_and_grad: ValueAndGrad, point: Tensor) -> Tensor:
+    """Return where L-BFGS ends."""
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         grad, value = value_and_grad(torch.as_tensor(x).to(point))
@@ -124,9 +157,9 @@ def _climb(log_density: LogDensity, point: Tensor) -> Tensor | None:
             return math.inf, np.zeros_like(x)  # the line search steps back
         return -float(value), -grad.double().cpu().numpy()
 
-    result = minimize(objective, point.double().cpu().numpy(), jac=True, method="L-BFGS-B", options={"maxiter": 500})
-    loc = torch.as_tensor(result.x).to(point)
-    return loc if math.isfinite(result.fun) and bool(loc.isfinite().all()) else None
+    options = {"maxiter": _MAX_ITERATIONS}
+    result = minimize(objective, point.double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
+    return torch.as_tensor(result.x).to(point)
 
 
 def _scale_tril(log_density: LogDensity, loc: Tensor) -> Tensor | None:
