@@ -193,13 +193,9 @@ class FlowSVI:
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
 
     def _in_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult | None:
-        """Fit in stages, if nothing that the user asked for forbids it."""
-        plain = self.learning_rate is None and self.checkpoint is None and self._own_objective
-        if not (
-            plain and isinstance(self.program.guide, Staged) and self.max_steps >= _MIN_STAGED and Ranks().size == 1
-        ):
-            return None
-        if self.program.structure(args, kwargs).subsamples:
+        """Fit in stages, unless something that the user asked for is of a single one."""
+        asked = self.learning_rate is not None or self.checkpoint is not None or not self._own_objective
+        if asked or self.max_steps < _MIN_STAGED or Ranks().size > 1 or not isinstance(self.program.guide, Staged):
             return None
 
         def fit(learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
@@ -212,7 +208,9 @@ class FlowSVI:
         before = random_state()
         try:
             if self.seed is not None:
-                torch.manual_seed(self.seed)
+                torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
+            if self.program.structure(args, kwargs).subsamples:
+                return None
             return fit_in_stages(fit, self.program, self.num_starts, args, kwargs)
         finally:
             if self.seed is not None:

@@ -92,10 +92,12 @@ def test_other_guides_and_minibatches_are_a_single_stage():
 
 
 def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
+    guides = [AutoFlow(banana), AutoFlow(banana)]
     results = [
-        FlowSVI(banana, AutoFlow(banana), callbacks=[lambda evaluation: True], seed=3, progress=False).run()
-        for _ in range(2)
+        FlowSVI(banana, guide, callbacks=[lambda evaluation: True], seed=3, progress=False).run() for guide in guides
     ]
     assert len(results[0].stages) == 1
     assert "callback" in results[0].stop_reason
     assert results[0].elbo == results[1].elbo
+    states = [guide.state_dict() for guide in guides]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # networks not yet fitted included
