@@ -48,7 +48,8 @@ class Diagnosis:
             the log evidence, nearer to this the less the error of `log_evidence` can hide.
         iwelbo_mcse: Its Monte Carlo standard error.
         log_evidence: `log mean w` over all draws, an estimate of `log p(x)`, in nats.
-        log_evidence_se: Its standard error, `sd(w) / (mean(w) sqrt(n))`.
+        log_evidence_se: Its standard error: the root of the sum of squares of `sd(w) / (mean(w) sqrt(n))`, and of the
+            largest weight's share over `1 - khat`, which is what a Pareto tail holds beyond the largest of n weights.
         max_weight: Largest normalised weight in a set, the median over the sets.
         mean_shift: By how many posterior sds the weights move the mean of the coordinate (latents on the real line)
             that they move most.
@@ -233,20 +234,25 @@ def _scores(
     return found["point"][finite], found["score"][finite]
 
 
-def _with_moments(diagnosis: Diagnosis, shifts: Tensor, ratios: Tensor, names: list[str], num_sets: int) -> Diagnosis:
-    # In sds, the weighted mean's Monte Carlo error is this, and a sd's is less.
-    error = 1 / math.sqrt(max(diagnosis.ess * num_sets, 1.0))
+def _with_moments(
+    diagnosis: Diagnosis, shifts: Tensor, ratios: Tensor, kurtosis: Tensor, names: list[str], num_sets: int
+) -> Diagnosis:
+    ess = max(diagnosis.ess * num_sets, 1.0)
     worst, widest = int(shifts.abs().argmax()), int(ratios.log().abs().argmax())
     shift, ratio = float(shifts[worst]), float(ratios[widest])
+    # Monte Carlo errors of weighted means, in sds, and of the logarithms of weighted sds.
+    mean_error, sd_error = ess**-0.5, ((kurtosis - 1).clamp(min=0) / (4 * ess)).sqrt()
     reasons = []
-    if abs(shift) > _MEAN + 3 * error:
+    if abs(shift) > _MEAN + 3 * mean_error:
         reasons.append(
             f"by the weights the guide's mean of {names[worst]} is {abs(shift):.2f} posterior sd too "
             f"{'low' if shift > 0 else 'high'}; fit longer or use a richer flow, or take corrected_posterior"
         )
-    if abs(math.log(ratio)) > _SD + 3 * error:
+    beyond = ratios.log().abs() - 3 * sd_error
+    if bool((beyond > _SD).any()):
+        sure = int(beyond.argmax())
         reasons.append(
-            f"by the weights the guide's sd of {names[widest]} is {ratio:.2f} times the posterior's; "
+            f"by the weights the guide's sd of {names[sure]} is {float(ratios[sure]):.2f} times the posterior's; "
             "fit longer or use a richer flow, or take corrected_posterior"
         )
     return _with_reasons(dataclasses.replace(diagnosis, mean_shift=shift, sd_ratio=ratio), reasons)

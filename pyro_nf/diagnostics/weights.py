@@ -14,6 +14,8 @@ from pyro_nf.tracing import Particle, Program, log_prob_sum
 
 Floats = npt.NDArray[np.float64]
 
+# Up to here a tail is taken at its word: near 1 its mass has no end, which flat weights would not bear out.
+_MAX_KHAT = 0.9
 # Draws that an importance-weighted bound averages.
 _GROUP = 100
 
@@ -56,9 +58,12 @@ def summarise(log_weights: Floats) -> WeightSummary:
     normalised = log_weights - logsumexp(log_weights, -1, keepdims=True)
     ess = float(np.median(np.exp(-logsumexp(2 * normalised, -1))))
     log_mean = float(logsumexp(log_weights)) - math.log(total)
+    khat = float(np.median([pareto_smooth(row)[1] for row in log_weights]))
+    # Of n weights with a Pareto tail, what lies beyond the largest holds its share / (1 - k), on average.
+    unseen = math.exp(log_weights.max() - log_mean) / total / (1 - min(max(khat, 0.0), _MAX_KHAT))
     bounds = logsumexp(log_weights.flat[: total // _GROUP * _GROUP].reshape(-1, _GROUP), -1) - math.log(_GROUP)
     return WeightSummary(
-        khat=float(np.median([pareto_smooth(row)[1] for row in log_weights])),
+        khat=khat,
         khat_threshold=min(1 - 1 / math.log10(num_samples), 0.7),
         ess=ess,
         ess_fraction=ess / num_samples,
@@ -67,7 +72,7 @@ def summarise(log_weights: Floats) -> WeightSummary:
         iwelbo=float(bounds.mean()),
         iwelbo_mcse=_mcse(bounds),
         log_evidence=log_mean,
-        log_evidence_se=_mcse(np.exp(log_weights - log_mean)),
+        log_evidence_se=math.hypot(_mcse(np.exp(log_weights - log_mean)), unseen),
         max_weight=float(np.median(np.exp(normalised.max(-1)))),
         num_samples=num_samples,
         outside=float(outside.mean()),

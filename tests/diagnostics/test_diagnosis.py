@@ -64,6 +64,16 @@ def test_a_narrow_guide_is_named_and_measured():
     assert any("times the posterior's" in reason for reason in found.reasons)
 
 
+def test_the_sd_of_a_heavy_tail_is_not_held_against_a_guide():
+    def model():
+        pyro.sample("z", dist.StudentT(3.0, torch.zeros(5), 1.0).to_event(1))
+
+    def guide():
+        pyro.sample("z", dist.StudentT(2.8, torch.zeros(5), 1.0).to_event(1))
+
+    assert diagnose(model, guide).reliable
+
+
 def test_a_missed_mode_is_found_by_climbs_alone():
     found = diagnose(two_modes, one_mode)
     assert found.ess_fraction > 0.99
@@ -134,12 +144,13 @@ def test_moments_in_parts_are_those_of_the_whole(float64):
     moments = Moments()
     for part in torch.arange(1000).split(130):
         moments.add(log_weights[part], points[part])
-    shifts, ratios = moments.compare()
+    shifts, ratios, kurtosis = moments.compare()
     weights = log_weights.softmax(0)[:, None]
     mean = (weights * points).sum(0)
     sd = (weights * (points - mean) ** 2).sum(0).sqrt()
     assert torch.allclose(shifts, (mean - points.mean(0)) / sd)
     assert torch.allclose(ratios, points.std(0, correction=0) / sd)
+    assert torch.allclose(kurtosis, (weights * (points - mean) ** 4).sum(0) / sd**4)
 
 
 def test_the_stein_residual_is_the_mahalanobis_distance_whatever_the_coordinates(float64):

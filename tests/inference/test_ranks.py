@@ -313,13 +313,12 @@ def reference(draws: list[list[Draws]], data: list[list[Any]]) -> torch.Tensor:
     return torch.stack(elbos)
 
 
-def stream(rank: int, args: Any, num_looks: int, num_drawn: int, block: int) -> list[Draws]:
+def stream(rank: int, args: Any, num_looks: int | None, num_drawn: int, block: int) -> list[Draws]:
     """The draws of one of the two processes: after those of the first evaluation, those of the steps, in blocks."""
     program = Program(regression, hand_written)
     program.structure(args, {})
     torch.manual_seed(SEED + rank)
-    for _ in range(num_looks):
-        program.draw(num_drawn, args, {})
+    program.draw(num_drawn, args, {}, num_looks)
     blocks = [program.draw(PARTICLES // 2, args, {}, block) for _ in range(5 * EVERY // block)]
     return [draws.step(i) for draws in blocks for i in range(block)]
 
@@ -335,7 +334,7 @@ def assert_is_reference(outcomes, draws, data):
 
 
 def test_processes_that_share_the_draws(run):
-    draws = [stream(rank, (X, Y), 1, 50, EVERY) for rank in range(2)]
+    draws = [stream(rank, (X, Y), None, 50, EVERY) for rank in range(2)]
     assert_is_reference(run(fit), draws, [[(X, Y)] * len(draws[0])] * 2)
 
 
