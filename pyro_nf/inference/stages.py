@@ -16,7 +16,7 @@ from pyro_nf.tracing import Program
 _GOOD_GAP, _GOOD_ESS, _NUM_DRAWS = 0.005, 0.98, 5000
 # Learning rate, most steps, and steps between evaluations of each stage. Coordinates in which the posterior is nearly
 # standard make rates universal; a flow's networks want a lower one.
-_PLAN = {"affine": (0.03, 400, 50), "flow": (0.003, 2000, 100), "flow, longer": (0.002, 4000, 200)}
+_PLAN = {"affine": (0.03, 400, 50), "flow": (0.006, 2000, 100), "flow, longer": (0.003, 4000, 200)}
 _NUM_STARTS = 8
 
 
