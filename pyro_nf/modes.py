@@ -25,7 +25,7 @@ _LEVEL = 0.1
 _NEGLIGIBLE = 1e-3
 _NUM_DRAWS, _CHUNK = 500, 100
 # Of L-BFGS: a climb into the neck of a funnel has no end.
-_MAX_ITERATIONS = 200
+_MAX_ITERATIONS = 500
 
 ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
 """`(dim,) -> (dim,), ()`: gradient and value, as torch.func gives them."""
