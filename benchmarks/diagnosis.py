@@ -3,9 +3,9 @@
 python benchmarks/diagnosis.py [--evidence] [--verdicts] [--seeds 50] [--works WORK ...] [--json results.json]
 
 `--evidence`: estimates for posteriors of known evidence, a normal-inverse-gamma regression (Linnerud's 20 men: pulse on
-exercises), Beta-binomial (18 batters of 1970, Efron and Morris 1975) and Neal's funnel in 10 dimensions; a new fit by
-defaults, but over a Student-t base, for every five seeds. `within k se` counts the estimates that lie within k reported standard errors of the
-truth, of all and of those called reliable.
+exercises), Beta-binomial (18 batters of 1970, Efron and Morris 1975) and Neal's funnel in 10 dimensions; a new fit, by
+defaults but for a Student-t base, for every five seeds. `within k se` counts the estimates that lie within k reported
+standard errors of the truth, of all and of those called reliable.
 
 `--verdicts`: how often a right guide passes and broken ones are flagged. Broken: every sd halved; the first coordinate
 (or all) shifted by a posterior sd; one of two modes. `regression` and `two modes` have exact guides; `eight schools`
