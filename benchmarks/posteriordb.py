@@ -87,7 +87,7 @@ def run(job):
         guide, said = fit(posterior, seed)
         seconds = time.perf_counter() - start
         found = diagnose(posterior.model, guide, *posterior.args)
-    except Exception as error:
+    except Exception as error:  # whatever a fit raises is its line in the table; the others go on
         return {**record, "error": f"{type(error).__name__}: {error}"}
     mean_off, sd_off = moments(posterior, guide) if method == "AutoFlow" else (None, None)
     return {

@@ -10,8 +10,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyro_nf.noise import SharedSubsamples
 from pyro_nf.supports import bijection
-from pyro_nf.tracing import SharedSubsamples, fill_masked, is_latent, log_prob_sum
+from pyro_nf.tracing import fill_masked, is_latent, log_prob_sum
 
 LogDensity = Callable[[Tensor], Tensor]
 """`(dim,) -> ()`, over a model's coordinates."""

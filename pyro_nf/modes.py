@@ -143,7 +143,7 @@ def _recorded(function: ValueAndGrad, points: Tensor) -> ValueAndGrad:
             for point in elsewhere
             for one, other in zip(function(point), graph(point), strict=True)
         )
-    except Exception:  # control flow that depends on values, or what the recorder does not know
+    except (RuntimeError, TypeError):  # an operation or a value that cannot be recorded
         return function
     return graph if same else function
 

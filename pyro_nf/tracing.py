@@ -6,7 +6,6 @@ under `torch.func.vmap`, so that a model is written for one draw and never needs
 random is an argument: normal noise and the indices of subsampled plates are drawn first, by `Program.draw`.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -16,18 +15,14 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
-from torch.overrides import TorchFunctionMode
 
-_IN_PLACE_DRAWS = {
-    getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
-}
+from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches
+
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
 _MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
-_NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
 
 
 class Draws(NamedTuple):
@@ -122,7 +117,7 @@ class Program:
         if pairs < num_particles:
             noise = torch.cat([noise, -noise], -2)[..., :num_particles, :]
         indices = {
-            name: _minibatches(size, part, num_steps or 1, like.device).view(*steps, part)
+            name: minibatches(size, part, num_steps or 1, like.device).view(*steps, part)
             for name, (size, part) in structure.subsamples.items()
         }
         return Draws(noise, indices)
@@ -204,96 +199,6 @@ class Program:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         return Particle(guide_trace, run_model(self.model, guide_trace, args, kwargs))
-
-
-class CountedNoise(TorchFunctionMode):
-    """Count the normals that are drawn.
-
-    Attributes:
-        size: How many.
-        like: An empty tensor of the first ones' dtype and device, `None` before.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.size = 0
-        self.like: Tensor | None = None
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, and count if it draws."""
-        result = func(*args, **(kwargs or {}))
-        if func in _NORMAL_DRAWS:
-            self.size += result.numel()
-            self.like = result.new_empty(0) if self.like is None else self.like
-        return result
-
-
-class GivenNoise(TorchFunctionMode):
-    """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
-
-    Args:
-        noise: Standard normals, as many as will be drawn, `(noise_dim,)`.
-        zero: The particle's zero, a scalar that `vmap` batches.
-    """
-
-    def __init__(self, noise: Tensor, zero: Tensor) -> None:
-        super().__init__()
-        self.noise, self.zero = noise, zero
-        self.used = 0
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, or what replaces it where it draws."""
-        kwargs = kwargs or {}
-        if func in _NORMAL_DRAWS:
-            return self._normal(func, args, kwargs)
-        if func in _IN_PLACE_DRAWS:
-            # `vmap` refuses to fill a tensor that is not batched with noise that is: here it is made batched first.
-            args = (torch.zeros_like(args[0]) + self.zero.to(args[0].dtype), *args[1:])
-        elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
-            return args[0].copy_(torch.clamp(*args, **kwargs))
-        return func(*args, **kwargs)
-
-    def _normal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        mean, std = 0.0, 1.0
-        if func is torch.randn:
-            kwargs.pop("generator", None)
-            template = torch.empty(*args, **kwargs)
-        elif func is torch.randn_like:
-            template = torch.empty_like(*args, **kwargs)
-        else:
-            mean, std = _mean_and_std(*args[1:], **kwargs)
-            # Who goes on to read the tensor, and not what `normal_` returned, shall not read what lay in memory.
-            template = args[0].fill_(math.nan)
-        size = template.numel()
-        if self.used + size > len(self.noise):
-            raise ValueError(
-                f"the guide drew {self.used + size} normals where its first run took {len(self.noise)}: "
-                "the number of its draws must not depend on values"
-            )
-        values = self.noise[self.used : self.used + size].view(template.shape).to(template)
-        self.used += size
-        return values if (mean, std) == (0.0, 1.0) else mean + std * values
-
-
-class SharedSubsamples(Messenger):
-    """Give subsampled plates these indices, the same for every particle.
-
-    Args:
-        indices: `{plate name: indices}`.
-    """
-
-    def __init__(self, indices: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.indices = indices
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.indices and isinstance(msg["fn"], _Subsample):
-            msg["value"] = self.indices[msg["name"]].to(msg["fn"].device)
-            msg["done"] = True
 
 
 def run_model(
@@ -396,21 +301,6 @@ def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
         return torch.where(missing, torch.zeros_like(value), value)
     to_support = biject_to(fn.support)
     return torch.where(missing, to_support(value.new_zeros(to_support.inverse_shape(value.shape))), value)
-
-
-def _minibatches(size: int, part: int, num_steps: int, device: torch.device) -> Tensor:
-    """Indices of random parts of a whole, distinct within each permutation, `(num_steps, part)`."""
-    steps_each = min(size // part, num_steps)
-    # Copied by `cat`: what is kept is the parts, not the whole permutations.
-    whole = [torch.randperm(size, device=device)[: steps_each * part] for _ in range(-(-num_steps // steps_each))]
-    return torch.cat(whole)[: num_steps * part].view(num_steps, part)
-
-
-def _mean_and_std(
-    mean: float = 0.0, std: float = 1.0, *, generator: torch.Generator | None = None
-) -> tuple[float, float]:
-    """Read the arguments of `Tensor.normal_`."""
-    return mean, std
 
 
 def _device(particle: Particle) -> torch.device:

@@ -109,6 +109,22 @@ def test_minibatches_of_consecutive_steps_share_a_permutation():
     assert draws.step(3).indices["rows"].equal(rows[3])
 
 
+@pytest.mark.parametrize("subsample_size", [5, None])
+def test_noise_comes_in_opposite_pairs_only_where_a_plate_is_subsampled(subsample_size):
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        with pyro.plate("rows", 10, subsample_size=subsample_size) as rows:
+            pyro.sample("y", dist.Normal(z[0], 1.0), obs=torch.zeros(len(rows)))
+
+    program = Program(model, AutoNormal(model))
+    for num_particles in (1, 2, 5):
+        noise = program.draw(num_particles, (), {}, num_steps=3).noise
+        assert noise.shape == (3, num_particles, 2)
+        pairs = num_particles // 2
+        opposite = torch.equal(noise[:, -pairs:], -noise[:, :pairs]) and pairs > 0
+        assert opposite == (subsample_size == 5 and pairs > 0)
+
+
 def test_a_subsampled_plate_is_shared_by_the_draws_and_fresh_at_each_call():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -114,7 +114,7 @@ def corrected_posterior(
     require_whole_data(program, args, kwargs)
     sites, log_weights = _propose(program, num_proposals, proposal_df, args, kwargs)
     summary = summarise(log_weights[None])
-    judged = judge(summary)
+    judged = judge(replace(summary, outside=0.0))  # draws outside the support just have no weight
     if not judged.reliable:
         raise ValueError(f"importance weights cannot correct this guide: {'; '.join(judged.reasons)}")
     smoothed = pareto_smooth(log_weights)[0]

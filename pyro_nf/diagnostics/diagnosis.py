@@ -31,26 +31,12 @@ _NUM_SCORES, _PER_COORDINATE, _MAX_NUMBERS = 1000, 10, 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diagnosis:
-    r"""How far a guide's draws can be trusted, from fresh draws and their weights `w = p(x, z) / q(z)`.
+class Diagnosis(WeightSummary):
+    r"""How far a guide's draws can be trusted: what their weights say (`WeightSummary`), and other figures.
 
     What was not looked at is NaN, and `notes` says why.
 
     Attributes:
-        khat: Pareto shape of the weights' tail, the median over fresh sets of draws. Below `khat_threshold` the
-            weights have a variance that matters, and reweighting corrects the guide.
-        khat_threshold: `min(1 - 1 / log10 S, 0.7)` for S draws a set.
-        ess: Effective sample size of a set, `(sum w)^2 / sum w^2`, the median over the sets.
-        ess_fraction: `ess / S`: 1 for a perfect guide.
-        elbo: Mean of `log w` in nats.
-        elbo_mcse: Its Monte Carlo standard error.
-        iwelbo: Mean of `log (w_1 + ... + w_100) / 100`, the importance-weighted bound, in nats: between the ELBO and
-            the log evidence, nearer to this the less the error of `log_evidence` can hide.
-        iwelbo_mcse: Its Monte Carlo standard error.
-        log_evidence: `log mean w` over all draws, an estimate of `log p(x)`, in nats.
-        log_evidence_se: Its standard error: the root of the sum of squares of `sd(w) / (mean(w) sqrt(n))`, and of the
-            largest weight's share over `1 - khat`, which is what a Pareto tail holds beyond the largest of n weights.
-        max_weight: Largest normalised weight in a set, the median over the sets.
         mean_shift: By how many posterior sds the weights move the mean of the coordinate (latents on the real line)
             that they move most.
         sd_ratio: The guide's sd over the weighted one, of the coordinate where it is furthest from 1.
@@ -58,32 +44,20 @@ class Diagnosis:
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
         left_out: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
-            over the evidence where they are: 1/3 if the guide has three quarters of the posterior; 0 if none.
+            over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
+            has three quarters of the posterior and leaves out the rest.
         num_starts: Climbs.
-        num_samples: S.
         reliable: Whether nothing speaks against the guide.
         reasons: What does, a sentence each, with what to try.
         notes: What else to know: what was not looked at, or speaks against the guide only at first sight.
     """
 
-    khat: float
-    khat_threshold: float
-    ess: float
-    ess_fraction: float
-    elbo: float
-    elbo_mcse: float
-    iwelbo: float
-    iwelbo_mcse: float
-    log_evidence: float
-    log_evidence_se: float
-    max_weight: float
     mean_shift: float = math.nan
     sd_ratio: float = math.nan
     stein_residual: float = math.nan
     stein_noise: float = math.nan
     left_out: float = math.nan
     num_starts: int = 0
-    num_samples: int
     reliable: bool
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
@@ -205,9 +179,7 @@ def judge(weights: WeightSummary) -> Diagnosis:
         )
     if weights.outside > 0:
         reasons.append(f"{100 * weights.outside:.2g}% of the draws have density zero under the model")
-    figures = weights._asdict()
-    del figures["outside"]
-    return Diagnosis(**figures, reliable=not reasons, reasons=tuple(reasons), notes=tuple(notes))
+    return Diagnosis(**vars(weights), reliable=not reasons, reasons=tuple(reasons), notes=tuple(notes))
 
 
 def _coordinate_names(particle: Particle) -> tuple[list[str], str]:

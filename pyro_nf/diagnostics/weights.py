@@ -1,7 +1,8 @@
 """Importance weights of a guide's draws: densities, summaries, Pareto smoothing."""
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,28 @@ _GROUP = 100
 _FLAT = 1e-3
 
 
-class WeightSummary(NamedTuple):
-    """Figures of sets of weights, as `Diagnosis` describes them; `outside` is the share of weights that are zero."""
+@dataclass(frozen=True, kw_only=True)
+class WeightSummary:
+    """Figures of the importance weights `w = p(x, z) / q(z)` of sets of S draws.
+
+    Attributes:
+        khat: Pareto shape of the weights' tail, the median over fresh sets of draws. Below `khat_threshold` the
+            weights have a variance that matters, and reweighting corrects the guide.
+        khat_threshold: `min(1 - 1 / log10 S, 0.7)`.
+        ess: Effective sample size of a set, `(sum w)^2 / sum w^2`, the median over the sets.
+        ess_fraction: `ess / S`: 1 for a perfect guide.
+        elbo: Mean of `log w` in nats.
+        elbo_mcse: Its Monte Carlo standard error.
+        iwelbo: Mean of `log (w_1 + ... + w_100) / 100`, the importance-weighted bound, in nats: between the ELBO and
+            the log evidence, nearer to this the less the error of `log_evidence` can hide.
+        iwelbo_mcse: Its Monte Carlo standard error.
+        log_evidence: `log mean w` over all draws, an estimate of `log p(x)`, in nats.
+        log_evidence_se: Its standard error: the root of the sum of squares of `sd(w) / (mean(w) sqrt(n))`, and of the
+            largest weight's share over `1 - khat`, which is what a Pareto tail holds beyond the largest of n weights.
+        max_weight: Largest normalised weight in a set, the median over the sets.
+        num_samples: S.
+        outside: Share of the draws with density zero under the model.
+    """
 
     khat: float
     khat_threshold: float

@@ -72,7 +72,7 @@ class FlowSVI:
             each from the start, and takes a third of the one that came furthest (in stages, theirs are fixed).
         weight_decay: Decoupled decay of every parameter (AdamW).
         max_steps: Upper bound of the run.
-        eval_every: Steps between evaluations.
+        eval_every: Steps between evaluations (in stages, theirs are fixed).
         eval_particles: Draws of the final evaluation.
         clip_norm: Where gradients are usually longer than this, all are scaled down; single long ones are cut.
         num_starts: Before the first step, let the guide look for modes from so many points and begin there, if it can
@@ -201,7 +201,7 @@ class FlowSVI:
         def fit(learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
             svi = copy.copy(self)
             svi.learning_rate, svi.eval_every, svi.num_starts = learning_rate, eval_every, 0
-            svi.max_steps = min(max_steps, self.max_steps)
+            svi.max_steps = max_steps
             svi.seed = None if self.seed is None else self.seed + number
             return svi._run(itertools.repeat((args, kwargs)), fixed=True)
 
@@ -211,7 +211,7 @@ class FlowSVI:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
             if self.program.structure(args, kwargs).subsamples:
                 return None
-            return fit_in_stages(fit, self.program, self.num_starts, args, kwargs)
+            return fit_in_stages(fit, self.program, self.num_starts, self.max_steps, args, kwargs)
         finally:
             if self.seed is not None:
                 set_random_state(before)

@@ -345,7 +345,7 @@ def _script(graph: GraphModule, inputs: Leaves) -> Callable[..., Leaves]:
         with torch.no_grad():
             script: Callable[..., Leaves] = torch.jit.trace(graph, inputs, check_trace=False)
             script(*inputs)
-    except Exception:  # operations that TorchScript does not know, of whatever library the model uses
+    except (RuntimeError, TypeError):  # an operation or a value that TorchScript does not know
         return graph
     return script
 

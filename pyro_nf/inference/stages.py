@@ -1,9 +1,11 @@
 """A fit that needs no tuning: stages, each measured, as many as the posterior needs."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from contextlib import closing
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -37,10 +39,21 @@ class Staged(Protocol):
         """Take it back."""
 
 
+class _Attempt(NamedTuple):
+    """A stage, the fit that it was, and the guide's state after it; `found` is `None` if draws had no finite weight."""
+
+    name: str
+    result: FitResult
+    found: WeightSummary | None
+    state: dict[str, Any]
+    seconds: float
+
+
 def fit_in_stages(
     fit: Callable[[float, int, int, int], FitResult],
     program: Program,
     num_starts: int,
+    max_steps: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> FitResult | None:
@@ -51,6 +64,7 @@ def fit_in_stages(
             it is.
         program: Model and guide.
         num_starts: Of the warm start; 0 for the default.
+        max_steps: Upper bound of all steps together.
         args: The model's arguments.
         kwargs: The model's keyword arguments.
 
@@ -59,63 +73,84 @@ def fit_in_stages(
     """
     guide: Any = program.guide
     begin = time.perf_counter()
-    stages: list[Stage] = []
-    results: list[FitResult] = []
-    starts = None
-    best: tuple[float, Any, WeightSummary, FitResult] | None = None
-    for number, name in enumerate(guide.stages(*args, **kwargs)):
-        start = time.perf_counter()
-        if not stages:
-            starts = guide.warm_start(*args, num_starts=num_starts or _NUM_STARTS, **kwargs)
-        result = fit(*_PLAN[name], number)
-        found = _measure(program, args, kwargs)
-        kept = best is None or not found.elbo < best[0]
-        if kept:
+    attempts: list[_Attempt] = []
+    kept: list[bool] = []
+    best, starts = 0, None
+    # Closed at once, also where a fit raises: the guide is then whole again.
+    with closing(guide.stages(*args, **kwargs)) as names:
+        for number, name in enumerate(names):
+            start = time.perf_counter()
+            if number == 0:
+                starts = guide.warm_start(*args, num_starts=num_starts or _NUM_STARTS, **kwargs)
+            rate, steps, eval_every = _PLAN[name]
+            left = max_steps - sum(attempt.result.steps for attempt in attempts)
+            if left <= 0:
+                break
+            result = fit(rate, min(steps, left), eval_every, number)
+            found = _measure(program, args, kwargs)
             state = {key: value.clone() for key, value in guide.state_dict().items()}
-            best = (found.elbo, state, found, result)
-        elif best is not None:
-            guide.load_state_dict(best[1])
-        gap = found.log_evidence - found.elbo
-        seconds = time.perf_counter() - start
-        stages.append(
-            Stage(name, found.elbo, found.elbo_mcse, gap, found.ess_fraction, found.khat, result.steps, seconds, kept)
-        )
-        results.append(result)
-        ended = result.stop_reason.startswith(("interrupted", "stopped", "failed"))
-        if ended or (kept and _is_good(found)):
-            break
-    if best is None:
+            attempts.append(_Attempt(name, result, found, state, time.perf_counter() - start))
+            kept.append(number == 0 or _elbo(found) >= _elbo(attempts[best].found))
+            if kept[-1]:
+                best = number
+            else:
+                guide.load_state_dict(attempts[best].state)
+            ended = result.stop_reason.startswith(("interrupted", "stopped", "failed"))
+            if ended or (kept[-1] and _is_good(found)):
+                break
+    if not attempts:
         return None
-    good = _is_good(best[2])
-    reason = (
-        f"converged: the divergence from the posterior is {best[2].log_evidence - best[2].elbo:.4f} nats by the weights"
-    )
-    return dataclasses.replace(
-        best[3],
-        elbo=best[2].elbo,
-        elbo_mcse=best[2].elbo_mcse,
-        converged=good or results[-1].converged,
-        stop_reason=reason if good else results[-1].stop_reason,
+    results = [attempt.result for attempt in attempts]
+    combined = dataclasses.replace(
+        results[best],
+        converged=results[-1].converged,
+        stop_reason=results[-1].stop_reason,
         steps=sum(result.steps for result in results),
-        best_step=sum(r.steps for r in results[: results.index(best[3])]) + best[3].best_step,
+        best_step=sum(result.steps for result in results[:best]) + results[best].best_step,
         num_skipped=sum(result.num_skipped for result in results),
         seconds=time.perf_counter() - begin,
         compile_seconds=sum(result.compile_seconds for result in results),
-        stages=tuple(stages),
+        stages=tuple(map(_stage, attempts, kept)),
         starts=starts,
         history=torch.cat([result.history for result in results]),
         evaluations=tuple(_chained(results)),
     )
+    final = attempts[best].found
+    if final is None:
+        return combined
+    combined = dataclasses.replace(combined, elbo=final.elbo, elbo_mcse=final.elbo_mcse)
+    if not _is_good(final):
+        return combined
+    reason = f"converged: the divergence from the posterior is {_gap(final):.4f} nats by the weights"
+    return dataclasses.replace(combined, converged=True, stop_reason=reason)
 
 
-def _is_good(found: WeightSummary) -> bool:
-    gap = found.log_evidence - found.elbo
-    return gap < _GOOD_GAP and found.ess_fraction > _GOOD_ESS
+def _stage(attempt: _Attempt, kept: bool) -> Stage:
+    found = attempt.found
+    figures = (
+        (-math.inf, math.inf, math.inf, 0.0, math.inf)
+        if found is None
+        else (found.elbo, found.elbo_mcse, _gap(found), found.ess_fraction, found.khat)
+    )
+    return Stage(attempt.name, *figures, attempt.result.steps, attempt.seconds, kept)
 
 
-def _measure(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightSummary:
+def _elbo(found: WeightSummary | None) -> float:
+    return -math.inf if found is None else found.elbo
+
+
+def _gap(found: WeightSummary) -> float:
+    return found.log_evidence - found.elbo
+
+
+def _is_good(found: WeightSummary | None) -> bool:
+    return found is not None and _gap(found) < _GOOD_GAP and found.ess_fraction > _GOOD_ESS
+
+
+def _measure(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightSummary | None:
     terms = program.map_in_chunks(log_densities, _NUM_DRAWS, args, kwargs)
-    return summarise((terms["log_p"].double() - terms["log_q"].double()).cpu().numpy()[None])
+    log_weights = terms["log_p"].double() - terms["log_q"].double()
+    return summarise(log_weights.cpu().numpy()[None]) if bool(log_weights.isfinite().all()) else None
 
 
 def _chained(results: list[FitResult]) -> Iterator[Evaluation]:

@@ -4,7 +4,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer.autoguide import AutoNormal
 
 from pyro_nf.diagnostics import corrected_posterior
 from pyro_nf.diagnostics.correction import _chain, _systematic
@@ -44,14 +43,23 @@ def test_a_guide_beyond_correction_is_refused_with_the_reason():
         corrected_posterior(conjugate, lambda y: pyro.sample("mu", dist.Normal(0.6, 0.1)), Y)
 
 
+def test_draws_outside_the_support_have_no_weight_and_are_no_obstacle():
+    pyro.set_rng_seed(0)
+
+    def model():
+        pyro.sample("z", dist.Uniform(0.0, 1.0))
+
+    found = corrected_posterior(model, lambda: pyro.sample("z", dist.Uniform(-1.0, 2.0)), num_samples=10_000)
+    assert 0 <= float(found.draws["z"].min()) < 0.01 < 0.99 < float(found.draws["z"].max()) <= 1
+    assert float(found.draws["z"].mean()) == pytest.approx(0.5, abs=0.02)
+
+
 def test_a_wide_proposal_has_bounded_weights_and_the_same_evidence():
     pyro.set_rng_seed(0)
 
     def narrow(y):
         pyro.sample("mu", dist.Normal(0.6, 0.25))  # k-hat 1 - .25^2 / .447^2 = .69 in theory
 
-    plain = AutoNormal(conjugate)
-    plain(Y)
     found = corrected_posterior(conjugate, narrow, Y, proposal_df=4.0, num_samples=10_000)
     assert found.khat < 0.5
     assert float(found.draws["mu"].std()) == pytest.approx(5**-0.5, abs=0.02)

@@ -20,6 +20,7 @@ def test_the_flow_is_right(seed):
     FlowSVI(eight_schools.centered, guide, seed=seed, progress=False).run(*DATA)
     found = diagnose(eight_schools.centered, guide, *DATA)
     assert found.reliable
+    assert found.khat < 0.7
     assert found.elbo == pytest.approx(LOG_EVIDENCE, abs=0.03)
     assert found.log_evidence == pytest.approx(LOG_EVIDENCE, abs=0.05)
 

@@ -7,7 +7,11 @@ import torch
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.checkpoint import Progress
 from pyro_nf.inference.graph import GraphSteps
+from pyro_nf.inference.optim import State
+from pyro_nf.inference.result import Evaluation
+from pyro_nf.inference.schedule import PlateauSchedule
 
 X = torch.linspace(-1, 1, 20)
 Y = 0.5 + 2.0 * X
@@ -79,3 +83,21 @@ def test_what_is_no_checkpoint_of_this_fit_is_refused(tmp_path):
     other = FlowSVI(smaller, AutoDiagonalNormal(smaller), checkpoint=tmp_path / "fit.pt", progress=False)
     with pytest.raises(ValueError, match="holds 4 parameters; model and guide have 2"):
         other.resume(X, Y)
+
+
+@pytest.mark.parametrize(
+    ("elbos", "best"),
+    [
+        ([(-10.0, 1.0), (-5.0, 0.1), (-4.9, 0.1), (-5.0, 0.1)], 3),  # as good as the best, by chance a little lower
+        ([(-10.0, 1.0), (-5.0, 0.1), (-6.0, 0.1)], 1),  # worse
+        ([(-10.0, 1.0), (-5.0, 0.1), (-50.0, 500.0)], 1),  # exploding, with an error to match
+        ([(-10.0, 1.0), (-2.0, 9.0), (-5.0, 0.1)], 2),  # the highest one was a fluke
+        ([(-10.0, 1.0), (-float("inf"), float("inf"))], 0),
+    ],
+)
+def test_the_latest_block_that_is_not_worse_is_kept(elbos, best):
+    fit = Progress(State.start(torch.zeros(1)), PlateauSchedule(0.1, 100))
+    for step, (elbo, mcse) in enumerate(elbos):
+        fit.observe(Evaluation(step, elbo, mcse), torch.full((2, 1), float(step)))
+    assert fit.best_evaluation.step == best
+    assert fit.best[0] == best

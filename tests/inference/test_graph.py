@@ -136,6 +136,25 @@ def test_a_graph_that_differs_is_refused():
     assert not param.any()
 
 
+def test_a_graph_that_torchscript_does_not_take_runs_as_it_is(monkeypatch):
+    options = {"learning_rate": 0.01, "max_steps": 300, "seed": 0, "num_particles": 4, "progress": False}
+
+    def fit():
+        model, args = case("regression")
+        pyro.clear_param_store()
+        return FlowSVI(model, AutoNormal(model), **options).run(*args)
+
+    scripted = fit()
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no such operation")
+
+    monkeypatch.setattr(torch.jit, "trace", refuse)
+    plain = fit()
+    assert scripted.execution == plain.execution == "recorded"
+    torch.testing.assert_close(scripted.history, plain.history)
+
+
 def test_without_a_compiler_the_graph_runs_as_recorded(monkeypatch):
     def refuse(*args):
         raise RuntimeError("no C++ compiler\nfound")

@@ -56,18 +56,61 @@ def test_a_stage_that_is_worse_is_taken_back():
     guide = AutoFlow(banana)
     guide()
 
-    def fit(learning_rate, max_steps, eval_every, number):
-        result = FlowSVI(banana, guide, learning_rate=0.01, max_steps=100, seed=0, progress=False).run()
-        if number:  # break what came out
-            with torch.no_grad():
-                guide.flow.flows[-1].params.loc.add_(10.0)
-        return result
-
-    result = fit_in_stages(fit, Program(banana, guide), 2, (), {})
+    fit = a_fit(guide, lambda number, loc: number and loc.add_(10.0))
+    result = fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
     assert [stage.kept for stage in result.stages] == [True, False, False]
     assert result.elbo == result.stages[0].elbo
     assert result.best_step <= 100
     assert float(guide.sample_posterior(1000)["x"].mean().abs()) < 1.0
+
+
+def a_fit(guide, spoil):
+    """A short fit in place of a stage, and then whatever `spoil` does to the guide."""
+
+    def fit(learning_rate, max_steps, eval_every, number):
+        result = FlowSVI(banana, guide, learning_rate=0.01, max_steps=50, seed=0, progress=False).run()
+        with torch.no_grad():
+            spoil(number, guide.flow.flows[-1].params.loc)
+        return result
+
+    return fit
+
+
+def test_a_stage_that_ends_in_nan_loses_nothing():
+    guide = AutoFlow(banana)
+    guide()
+    fit = a_fit(guide, lambda number, loc: number and loc.fill_(float("nan")))
+    result = fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
+    assert [stage.kept for stage in result.stages] == [True, False, False]
+    assert result.stages[1].elbo == -float("inf")
+    assert all(bool(value.isfinite().all()) for value in guide.sample_posterior(100).values())
+
+
+def test_a_fit_that_raises_leaves_the_guide_whole():
+    guide = AutoFlow(banana)
+    guide()
+
+    def fit(*args):
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no") as caught:
+        fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
+    assert guide.get_posterior().flow is guide.flow  # while the traceback still holds the frames
+    del caught
+
+
+def test_stages_take_no_more_than_max_steps_together():
+    guide = AutoFlow(banana)
+    guide()
+    asked = []
+
+    def fit(learning_rate, max_steps, eval_every, number):
+        asked.append(max_steps)
+        return FlowSVI(banana, guide, learning_rate=0.01, max_steps=min(max_steps, 60), progress=False).run()
+
+    result = fit_in_stages(fit, Program(banana, guide), 2, 100, (), {})
+    assert asked == [100, 40]
+    assert result.steps == 100
 
 
 @pytest.mark.parametrize(
