@@ -16,18 +16,20 @@ from torch import Tensor
 from torch.distributions import Transform, constraints
 
 from pyro_nf.coordinates import model_log_density
+from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
-from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
-from pyro_nf.guides.bases import BaseLike, check_base, make_base
+from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
+from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
 from pyro_nf.guides.framed import FramedAffine
 from pyro_nf.guides.mixture import MixtureBase
-from pyro_nf.modes import Starts, find_starts, starting_points
+from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
+from pyro_nf.normals import nearest_normal
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import Program
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
-_FULL_RANK_DIM = 500
+_FULL_RANK_DIM = 1000
 
 
 class AutoFlow(FlowGuide, AutoContinuous):
@@ -35,7 +37,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     z are the latents on the real line (through bijections of their supports). The flow starts as the identity and the
     affine layer at `init_loc_fn` and `init_scale`: over the normal base, this starts as the mean-field guide that it
-    replaces. The affine layer is lower triangular (a full-rank normal) up to 500 coordinates.
+    replaces. The affine layer is lower triangular (a full-rank normal) up to 1,000 coordinates.
 
     Works in `FlowSVI`, in Pyro's `SVI` with any of its ELBOs (over a base without discrete draws), in `AutoGuideList`,
     `NeuTraReparam` and `Predictive`. `Predictive(model, guide.sample_posterior(1000, *args))` gives sites of their own
@@ -45,8 +47,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     Args:
         model: A Pyro model with static structure.
-        flow: A name (`pyro_nf.flows.stacks.names()`), a `Flow` over the unconstrained coordinates, or a picklable
-            factory `dim -> Flow`.
+        flow: "auto" for eight affine couplings, whose networks have one hidden layer of 64; a name
+            (`pyro_nf.flows.stacks.names()`), a `Flow` over the unconstrained coordinates, or a picklable factory
+            `dim -> Flow`.
         base: `"normal"`; `"student_t"` with trainable degrees of freedom, for posteriors with a funnel's neck or heavy
             tails, where a normal base gives a higher k-hat; `"mixture"` of four normals, for posteriors with several
             modes; or a factory, such as `partial(MixtureBase, num_components=8)`.
@@ -72,7 +75,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def __init__(
         self,
         model: Callable[..., Any],
-        flow: FlowLike = "realnvp",
+        flow: FlowLike = "auto",
         *,
         base: BaseLike = "normal",
         init_loc_fn: Callable[..., Any] = init_to_feasible,
@@ -80,6 +83,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     ) -> None:
         if not init_scale > 0:
             raise ValueError(f"init_scale must be positive; got {init_scale!r}")
+        flow = _couplings if flow == "auto" else flow
         check_flow_like(flow)
         check_base(base)
         super().__init__(model, init_loc_fn=_starting(init_loc_fn))
@@ -149,7 +153,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             What was found, and whether the runs agree.
 
         Raises:
-            ValueError: If `num_starts` is not positive, or there are more than 500 coordinates.
+            ValueError: If `num_starts` is not positive, or there are more than 1,000 coordinates.
         """
         if num_starts < 1:
             raise ValueError(f"num_starts must be at least 1; got {num_starts!r}")
@@ -159,12 +163,13 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 f"warm_start takes up to {_FULL_RANK_DIM} coordinates, for it needs their whole Hessian; "
                 f"the model has {self.latent_dim}"
             )
-        model, posterior = self._plain_model[0], self.get_posterior()
-        log_density = model_log_density(model, args, kwargs, Program(model, self).draw(1, args, kwargs).indices)
+        return self._warm_start(self.density(*args, **kwargs), num_starts)
+
+    def _warm_start(self, density: Density, num_starts: int) -> Starts:
         affine: Any = self.flow.flows[-1]
         here = affine.params.loc.detach()
         points = torch.cat([here[None], starting_points(num_starts - 1, here)])
-        starts = find_starts(log_density, posterior, points)
+        starts = find_starts(density, self.get_posterior(), points)
         if starts.modes:
             best = starts.modes[0]
             affine.assign(best.loc, best.scale_tril)
@@ -172,13 +177,59 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 self.base.assign(starts.modes, starts.shares)
         return starts
 
+    def density(self, *args: Any, **kwargs: Any) -> Density:
+        """Return the model's log density over the unconstrained coordinates, for many points at once.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments. A subsampled plate has one minibatch.
+        """
+        program = Program(self._plain_model[0], self)
+        indices = program.draw(1, args, kwargs).indices
+        log_density = model_log_density(self._plain_model[0], args, kwargs, indices)
+        return Density(log_density, program.num_numbers(args, kwargs))
+
+    @torch.no_grad()
+    def fit_normal(self, density: Density, num_starts: int) -> tuple[Starts, Tensor]:
+        """Fit the affine layer alone: the normal that is nearest to the posterior, from the best of several modes.
+
+        A mixture stays on the modes.
+
+        Args:
+            density: The model's, of `density`.
+            num_starts: As in `warm_start`, which comes first.
+
+        Returns:
+            What the warm start found, and the ELBO at each step.
+        """
+        affine: Any = self.flow.flows[-1]
+        candidates = [affine.as_matrix()]
+        starts = self._warm_start(density, num_starts)
+        if starts.modes and isinstance(self.base, MixtureBase):
+            return starts, torch.tensor([starts.modes[0].elbo])
+        if starts.modes:
+            best = starts.modes[0]
+            # The neck of a funnel, which is no mode, may be a worse start than none.
+            candidates = [(best.loc, best.scale_tril), *(() if best.converged else candidates)]
+        found = [nearest_normal(density, *candidate) for candidate in candidates]
+        loc, scale_tril, elbos = max(found, key=lambda normal: normal_elbo(density, *normal[:2]))
+        affine.assign(loc, scale_tril)
+        return starts, elbos
+
+    def widen(self, share: float) -> bool:
+        """Give this share of the base's draws heavy tails, and return whether that base can have such: a normal can."""
+        if isinstance(self.base, NormalBase):
+            self.base.widen(share)
+        return isinstance(self.base, NormalBase)
+
     @torch.no_grad()
     def stages(self, *args: Any, **kwargs: Any) -> Iterator[str]:
         """Go through the stages of a fit that needs no tuning; `FlowSVI` takes as many as the posterior needs.
 
-        "affine" leaves the flow out, which still is the identity; "flow" has all of it, in coordinates in which the
-        posterior found so far is the base; "flow, longer" goes on. There are none for a guide that was fitted before,
-        or has more than 500 coordinates.
+        "normal" leaves the flow out, which still is the identity: `fit_normal` fits it. "affine" does too, for a base
+        that has parameters of its own. "flow" has all of it, in coordinates in which the posterior found so far is the
+        base; "flow, longer" goes on. There are none for a guide that was fitted before, or has more than 1,000
+        coordinates.
 
         Args:
             *args: The model's arguments.
@@ -191,7 +242,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
             return
         self._affine_alone = True
         try:
-            yield "affine"
+            yield "normal"
+            if list(self.base.parameters()):
+                yield "affine"
         finally:
             self._affine_alone = False
         affine.reframe()
@@ -287,6 +340,11 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def _check_ready(self) -> None:
         if self.prototype_trace is None:
             raise RuntimeError("AutoFlow does not know its model's latents yet: call the guide, or fit it, first")
+
+
+def _couplings(dim: int) -> Flow:
+    """The default flow: on what a normal leaves over, a second hidden layer costs time and gains nothing."""
+    return stacks.realnvp(dim, hidden_dims=(64,))
 
 
 class _Shared(Transform):

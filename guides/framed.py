@@ -48,8 +48,12 @@ class FramedAffine(LowerTriangularAffine):
         super().assign(torch.zeros_like(loc), torch.eye(len(loc), dtype=loc.dtype, device=loc.device))
 
     @torch.no_grad()
-    def reframe(self) -> None:
-        """Make what this is the frame."""
+    def as_matrix(self) -> tuple[Tensor, Tensor]:
+        """Return location and lower triangular matrix of the whole, `y = loc + scale_tril x`."""
         eye = torch.eye(len(self.origin), dtype=self.origin.dtype, device=self.origin.device)
         loc = self.forward_and_log_det(torch.zeros_like(self.origin))[0]
-        self.assign(loc, (self.forward_and_log_det(eye)[0] - loc).mT)
+        return loc, (self.forward_and_log_det(eye)[0] - loc).mT
+
+    def reframe(self) -> None:
+        """Make what this is the frame."""
+        self.assign(*self.as_matrix())

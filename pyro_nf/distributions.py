@@ -80,6 +80,16 @@ class FlowDistribution(TorchDistribution):
         y, log_det = self.flow.forward_and_log_det(x, self.context)
         return y, self.base.log_prob(x) - log_det
 
+    def rsample_and_score(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Return draws `(*sample_shape, *batch, *event)`, their log densities, and the gradient of these by the draws.
+
+        The score, `d log q(y) / dy`, comes along with the forward pass, and carries no gradient to the parameters.
+        """
+        x = self.base.rsample(torch.Size(sample_shape))
+        base_score = torch.func.grad(lambda x: self.base.log_prob(x).sum())(x.detach()).detach()
+        y, log_det, score = self.flow.forward_with_score(x, base_score, self.context)
+        return y, self.base.log_prob(x) - log_det, score
+
     @torch.no_grad()
     def sample(self, sample_shape: Any = ()) -> Tensor:
         """Return draws `(*sample_shape, *batch, *event)` without gradients."""

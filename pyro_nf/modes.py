@@ -1,16 +1,15 @@
 """Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_nf.coordinates import LogDensity
+from pyro_nf.density import Density, Together
 from pyro_nf.distributions import FlowDistribution
 
 # Starting points lie in this cube, as Stan's do.
@@ -23,12 +22,9 @@ _SAME_MODE = 0.5
 _LEVEL = 0.1
 # A mode with less of the evidence than this is left out.
 _NEGLIGIBLE = 1e-3
-_NUM_DRAWS, _CHUNK = 500, 100
+_NUM_DRAWS = 500
 # Of L-BFGS: a climb into the neck of a funnel has no end.
-_MAX_ITERATIONS = 500
-
-ValueAndGrad = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""`(dim,) -> (dim,), ()`: gradient and value, as torch.func gives them."""
+_MAX_ITERATIONS = 200
 
 
 class Mode(NamedTuple):
@@ -84,41 +80,39 @@ class Starts(NamedTuple):
         return f"{self.num_runs} starts disagree: {len(self.modes)} modes, with shares {shares} of the evidence"
 
 
-def find_starts(log_density: LogDensity, posterior: FlowDistribution, points: Tensor) -> Starts:
+def find_starts(density: Density, posterior: FlowDistribution, points: Tensor) -> Starts:
     """Climb from each point, and return the modes whose normals have a higher ELBO than the guide's own.
 
     A normal at a mode can be far worse than any other start: the density of a centred hierarchy has no bound, and
     climbs end where all groups are equal. Hence the ELBO decides.
 
     Args:
-        log_density: The model's.
+        density: The model's.
         posterior: The guide's, as it is.
         points: Where to start, `(num_runs, dim)`.
     """
     draws = posterior.sample((_NUM_DRAWS,))
-    before = _mean(at(log_density, draws) - posterior.log_prob(draws))
-    found = find_modes(log_density, points)
+    before = _mean(density.values(draws) - posterior.log_prob(draws))
+    found = find_modes(density, points)
     kept = [mode for mode in found if mode.elbo > max(before, found[0].elbo + math.log(_NEGLIGIBLE))]
     shares = torch.tensor([mode.elbo for mode in kept], dtype=torch.float64).softmax(0).tolist()
     return Starts(tuple(kept), tuple(shares), before, len(points))
 
 
-def find_modes(log_density: LogDensity, points: Tensor) -> list[Mode]:
+def find_modes(density: Density, points: Tensor) -> list[Mode]:
     """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first."""
     found: list[Mode] = []
-    value_and_grad = _recorded(torch.func.grad_and_value(log_density), points)
-    for point in points:
-        loc = _climb(value_and_grad, point)
-        scale_tril = _scale_tril(log_density, loc)
-        if scale_tril is None:
-            continue
-        slope = scale_tril.mT @ value_and_grad(loc)[0]
-        converged = float(slope.square().mean().sqrt()) < _LEVEL
+    ends = _climb(density, points)
+    for loc, slope in zip(ends, density.gradients(ends)[0], strict=True):
         same = [i for i, mode in enumerate(found) if distance(mode, loc) < _SAME_MODE]
         if same:
             found[same[0]] = found[same[0]]._replace(num_runs=found[same[0]].num_runs + 1)
-        else:
-            found.append(Mode(loc, scale_tril, _elbo(log_density, loc, scale_tril), 1, converged))
+            continue
+        scale_tril = _scale_tril(density.hessian(loc).double())
+        if scale_tril is not None:
+            scale_tril = scale_tril.to(loc)
+            converged = float((scale_tril.mT @ slope).square().mean().sqrt()) < _LEVEL
+            found.append(Mode(loc, scale_tril, normal_elbo(density, loc, scale_tril), 1, converged))
     return sorted(found, key=lambda mode: -mode.elbo)
 
 
@@ -133,46 +127,42 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
     return torch.stack([points, -points], 1).flatten(0, 1)[:num_points]
 
 
-def _recorded(function: ValueAndGrad, points: Tensor) -> ValueAndGrad:
-    """Return the function as a graph without Pyro's handlers, if that gives the same at other points."""
-    try:
-        graph: ValueAndGrad = make_fx(function)(points[0].clone())
-        elsewhere = [*points, points[0] + 0.1]
-        same = all(
-            torch.allclose(one, other, rtol=1e-3, equal_nan=True)
-            for point in elsewhere
-            for one, other in zip(function(point), graph(point), strict=True)
-        )
-    except (RuntimeError, TypeError):  # an operation or a value that cannot be recorded
-        return function
-    return graph if same else function
+def _climb(density: Density, points: Tensor) -> Tensor:
+    """Return where L-BFGS ends from each point, `(num_runs, dim)`; the runs take their gradients together."""
+    gradients = Together(density.gradients, len(points))
+
+    def run(number: int) -> Tensor:
+        def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+            gradient, value = gradients(number, torch.as_tensor(x).to(points))
+            if not (value.isfinite() and gradient.isfinite().all()):
+                return math.inf, np.zeros_like(x)  # the line search steps back
+            return -float(value), -gradient.double().cpu().numpy()
+
+        try:
+            start = points[number].double().cpu().numpy()
+            options = {"maxiter": _MAX_ITERATIONS}
+            result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+        finally:
+            gradients.leave()
+        return torch.as_tensor(result.x).to(points)
+
+    with ThreadPoolExecutor(len(points)) as pool:
+        return torch.stack(list(pool.map(run, range(len(points)))))
 
 
-def _climb(value_and_grad: ValueAndGrad, point: Tensor) -> Tensor:
-    """Return where L-BFGS ends."""
-
-    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-        grad, value = value_and_grad(torch.as_tensor(x).to(point))
-        if not (value.isfinite() and grad.isfinite().all()):
-            return math.inf, np.zeros_like(x)  # the line search steps back
-        return -float(value), -grad.double().cpu().numpy()
-
-    options = {"maxiter": _MAX_ITERATIONS}
-    result = minimize(objective, point.double().cpu().numpy(), jac=True, method="L-BFGS-B", options=options)
-    return torch.as_tensor(result.x).to(point)
-
-
-def _scale_tril(log_density: LogDensity, loc: Tensor) -> Tensor | None:
+def _scale_tril(hessian: Tensor) -> Tensor | None:
     """Return the Cholesky factor of the covariance that the curvature says, a usable one also off a mode."""
-    # Twice in reverse: what models are made of does not all have forward derivatives.
-    hessian = -torch.func.jacrev(torch.func.grad(log_density))(loc).double()
     if not bool(hessian.isfinite().all()):
         return None
-    values, vectors = torch.linalg.eigh((hessian + hessian.mT) / 2)
-    variances = 1 / values.abs().clamp(_MIN_PRECISION, _MAX_PRECISION)
-    # R of the thin QR of a root of the covariance is its Cholesky factor, up to signs, even where it is near singular.
-    upper = torch.linalg.qr((vectors * variances.sqrt()).mT).R
-    scale_tril: Tensor = (upper * upper.diagonal().sign()[:, None]).mT.to(loc)
+    values, vectors = torch.linalg.eigh(-hessian)
+    return cholesky_of(vectors / values.abs().clamp(_MIN_PRECISION, _MAX_PRECISION).sqrt())
+
+
+def cholesky_of(root: Tensor) -> Tensor:
+    """Return the Cholesky factor of `root root'`, also where that is near singular, `(dim, dim)`."""
+    # R of the thin QR of the transposed root, up to signs.
+    upper = torch.linalg.qr(root.mT).R
+    scale_tril: Tensor = (upper * upper.diagonal().sign()[:, None]).mT
     return scale_tril
 
 
@@ -183,17 +173,12 @@ def distance(mode: Mode, points: Tensor) -> Tensor:
     return result
 
 
-def _elbo(log_density: LogDensity, loc: Tensor, scale_tril: Tensor) -> float:
+def normal_elbo(density: Density, loc: Tensor, scale_tril: Tensor) -> float:
+    """Return the ELBO of a normal, from some hundred draws."""
     noise = torch.randn(_NUM_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
     # With the draws' own density, not its mean, the entropy: what is normal has no Monte Carlo error then.
     log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
-    return _mean(at(log_density, loc + noise @ scale_tril.mT) - log_q)
-
-
-def at(log_density: LogDensity, points: Tensor) -> Tensor:
-    """Return the log density at each of `(num_points, dim)`."""
-    values: Tensor = torch.func.vmap(log_density, chunk_size=_CHUNK, randomness="different")(points)
-    return values
+    return _mean(density.values(loc + noise @ scale_tril.mT) - log_q)
 
 
 def _mean(values: Tensor) -> float:

@@ -4,11 +4,15 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
+import pyro
 import pyro.infer
 import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_nf.density import Density
+from pyro_nf.distributions import FlowDistribution
+from pyro_nf.noise import GivenNoise
 from pyro_nf.tracing import (
     Draws,
     Particle,
@@ -149,6 +153,36 @@ class ELBO(pyro.infer.ELBO):
 
     def _get_trace(self, model: Any, guide: Any, args: Any, kwargs: Any) -> Any:
         raise NotImplementedError("this objective works on batched draws, not on single traces")
+
+
+class CoordinateELBO(ELBO):
+    r"""The ELBO of a guide that is one distribution over the model's coordinates, by batched passes of both densities.
+
+    The same bound and, term by term, the same gradient as `ELBO()` has, without running Pyro's handlers for each draw.
+    The score of q, which the path derivative needs, comes along with the forward pass instead of from an inverse:
+    the gradient is `E[(d log p(z) / dz - d log q(z) / dz) dz / dphi]`.
+
+    Args:
+        posterior: Returns the guide's distribution over the coordinates, under its present parameters.
+        density: The model's.
+
+    References:
+        Vaitl, Nicoli, Nakajima, Kessel (2022), "Gradients should stay on path", arXiv:2207.08219, equation 9.
+    """
+
+    def __init__(self, posterior: Callable[[], FlowDistribution], density: Density) -> None:
+        super().__init__()
+        self.posterior, self.density = posterior, density
+
+    def estimate(
+        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
+        with GivenNoise(draws.noise.flatten(), draws.noise.new_zeros(())), pyro.validation_enabled(False):
+            points, log_q, score = self.posterior().rsample_and_score((len(draws.noise),))
+        gradients, log_p = self.density.batch(len(points))(points.detach())
+        surrogate = (points * (gradients - score).detach()).sum(-1)
+        return (log_p - log_q).detach().mean(), surrogate.mean()
 
 
 class IWELBO(ELBO):

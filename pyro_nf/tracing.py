@@ -174,11 +174,14 @@ class Program:
 
     def chunks(self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Draws]:
         """Yield the draws of `num_particles`, as many at once as make some millions of numbers."""
-        sites = self.structure(args, kwargs).particle.model.nodes.values()
-        numbers = sum(site["value"].numel() for site in sites if is_latent(site) or is_data(site))
-        chunk_size = max(1, min(_MAX_CHUNK, _MAX_NUMBERS // max(numbers, 1)))
+        chunk_size = max(1, min(_MAX_CHUNK, _MAX_NUMBERS // max(self.num_numbers(args, kwargs), 1)))
         for start in range(0, num_particles, chunk_size):
             yield self.draw(min(chunk_size, num_particles - start), args, kwargs)
+
+    def num_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return how many numbers the model's latents and data are."""
+        sites = self.structure(args, kwargs).particle.model.nodes.values()
+        return sum(site["value"].numel() for site in sites if is_latent(site) or is_data(site))
 
     def rescored(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
         r"""Run the guide on the particle's draw held fixed: its density's gradient is the score, d log q / d phi."""

@@ -12,8 +12,8 @@ from pyro_nf import flows, networks
 from pyro_nf.flows import stacks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "modes", "objectives"]
-ROOMS += ["diagnostics", "inference", "guides", "models"]
+ROOMS = ["networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
+ROOMS += ["modes", "normals", "objectives", "diagnostics", "inference", "guides", "models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 

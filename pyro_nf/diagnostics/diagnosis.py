@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
+from pyro_nf.density import Density
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.regions import regions
 from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
@@ -155,7 +156,8 @@ def diagnose(
     log_density = model_log_density(model, args, kwargs)
     points, scores = _scores(program, log_density, len(names), args, kwargs)
     diagnosis = _with_gradients(diagnosis, stein_residual(scores))
-    return _with_starts(diagnosis, log_density, points, num_starts)
+    density = Density(log_density, program.num_numbers(args, kwargs))
+    return _with_starts(diagnosis, density, points, num_starts)
 
 
 def judge(weights: WeightSummary) -> Diagnosis:
@@ -240,7 +242,7 @@ def _with_gradients(diagnosis: Diagnosis, residual: SteinResidual) -> Diagnosis:
     return _with_reasons(diagnosis, reasons)
 
 
-def _with_starts(diagnosis: Diagnosis, log_density: LogDensity, points: Tensor, num_starts: int) -> Diagnosis:
+def _with_starts(diagnosis: Diagnosis, density: Density, points: Tensor, num_starts: int) -> Diagnosis:
     dim = points.shape[1]
     if dim > _MAX_DIM and num_starts:
         note = f"other starts were not looked at: {dim} coordinates are more than {_MAX_DIM}"
@@ -248,7 +250,7 @@ def _with_starts(diagnosis: Diagnosis, log_density: LogDensity, points: Tensor, 
     if not num_starts:
         return diagnosis
     starts = starting_points(num_starts, points[0])
-    found = [region for region in regions(log_density, starts, points, diagnosis.log_evidence) if region.left_out]
+    found = [region for region in regions(density, starts, points, diagnosis.log_evidence) if region.left_out]
     reasons = []
     if found:
         worst = max(found, key=lambda region: region.evidence)

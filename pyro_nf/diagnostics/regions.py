@@ -7,8 +7,8 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from pyro_nf.coordinates import LogDensity
-from pyro_nf.modes import Mode, at, distance, find_modes
+from pyro_nf.density import Density
+from pyro_nf.modes import Mode, distance, find_modes
 
 _NUM_DRAWS = 2000
 # Regions with less of the evidence than this are not looked at.
@@ -39,29 +39,29 @@ class Region(NamedTuple):
         return least > _NEGLIGIBLE and least > _TIMES * most
 
 
-def regions(log_density: LogDensity, starts: Tensor, points: Tensor, log_evidence: float) -> list[Region]:
+def regions(density: Density, starts: Tensor, points: Tensor, log_evidence: float) -> list[Region]:
     """Climb from each start, and compare the evidence around the modes found with the guide's draws there.
 
     Whatever the posterior's shape, both figures are of the same region, an ellipsoid about the mode, and both are
     plain Monte Carlo: of the density under draws from the normal there, and of the guide's draws.
 
     Args:
-        log_density: The model's, over the coordinates.
+        density: The model's, over the coordinates.
         starts: Where to climb from, `(num_starts, dim)`.
         points: The guide's draws, `(n, dim)`.
         log_evidence: As the guide's weights estimate it.
     """
     # A mode whose normal has hardly any evidence has hardly any in its inner half.
-    modes = [mode for mode in find_modes(log_density, starts) if mode.elbo > log_evidence + math.log(_NEGLIGIBLE) - 3]
-    return [_region(log_density, mode, points, log_evidence) for mode in modes]
+    modes = [mode for mode in find_modes(density, starts) if mode.elbo > log_evidence + math.log(_NEGLIGIBLE) - 3]
+    return [_region(density, mode, points, log_evidence) for mode in modes]
 
 
-def _region(log_density: LogDensity, mode: Mode, points: Tensor, log_evidence: float) -> Region:
+def _region(density: Density, mode: Mode, points: Tensor, log_evidence: float) -> Region:
     dim = len(mode.loc)
     radius = math.sqrt(chi2.median(dim) / dim)
     normal = torch.distributions.MultivariateNormal(mode.loc, scale_tril=mode.scale_tril)
     draws = normal.sample((_NUM_DRAWS,))
-    log_weights = at(log_density, draws).double() - normal.log_prob(draws).double() - log_evidence
+    log_weights = density.values(draws).double() - normal.log_prob(draws).double() - log_evidence
     held = log_weights.nan_to_num(nan=-math.inf).exp() * (distance(mode, draws) < radius)
     inside = (distance(mode, points) < radius).double()
     # One draw more of each kind, or no draws at all would seem certain.

@@ -1,6 +1,7 @@
 """Coupling flows: some coordinates stay, and set the map of the others."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,25 @@ class Coupling(Flow):
         kept, moving = self._cut(y)
         moved, log_det = self.transformer.inverse(moving, self._params(kept, context))
         return self._join(kept, moved), log_det.sum(-1)
+
+    def forward_with_score(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Transform the chosen coordinates, and push the score along: the network runs once.
+
+        `log q(y) = log q(x_a, x_b = inverse(y_b; params)) + log_det`, by y_b, and by y_a through the params as well.
+        """
+        kept, moving = self._cut(x)
+        vjp: Any = torch.func.vjp
+        params, pull_network = vjp(lambda kept: self._params(kept, context), kept)
+        moved, log_det = self.transformer.forward(moving, params)
+        score_kept, score_moving = self._cut(score)
+        with torch.no_grad():
+            _, pull = vjp(self.transformer.inverse, moved.detach(), params.detach())
+            score_moved, by_params = pull((score_moving, torch.ones_like(log_det)))
+            (by_kept,) = pull_network(by_params)
+            pushed = self._join(score_kept + by_kept, score_moved)
+        return self._join(kept, moved), log_det.sum(-1), pushed
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
         if isinstance(self.network, ContextParameters):

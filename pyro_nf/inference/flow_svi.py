@@ -22,7 +22,7 @@ from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
-from pyro_nf.objectives import ELBO
+from pyro_nf.objectives import ELBO, CoordinateELBO
 from pyro_nf.tracing import Particle, Program, log_prob_sum
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
@@ -33,6 +33,8 @@ _MAX_NOISE = 2**22
 _MAX_EVAL_BATCHES = 100
 # Steps that leave room for stages.
 _MIN_STAGED = 3000
+# In stages: numbers that the model makes in a step, at most, and draws that are taken in any case.
+_MAX_WORK, _MIN_STAGED_PARTICLES = 2**23, 64
 # Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
@@ -198,35 +200,65 @@ class FlowSVI:
         if asked or self.max_steps < _MIN_STAGED or Ranks().size > 1 or not isinstance(self.program.guide, Staged):
             return None
 
-        def fit(learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
-            svi = copy.copy(self)
-            svi.learning_rate, svi.eval_every, svi.num_starts = learning_rate, eval_every, 0
-            svi.max_steps = max_steps
-            svi.seed = None if self.seed is None else self.seed + number
-            return svi._run(itertools.repeat((args, kwargs)), fixed=True)
-
         before = random_state()
         try:
             if self.seed is not None:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
-            if self.program.structure(args, kwargs).subsamples:
+            structure = self.program.structure(args, kwargs)
+            trained = any(site["type"] == "param" for site in structure.particle.model.nodes.values())
+            if structure.subsamples or trained:
                 return None
-            return fit_in_stages(fit, self.program, self.num_starts, self.max_steps, args, kwargs)
+            guide: Any = self.program.guide
+            density = guide.density(*args, **kwargs)
+            svi = copy.copy(self)
+            svi.num_starts = 0
+            executions: dict[str, Execution] = {}
+
+            def fit(name: str, learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
+                svi.learning_rate, svi.max_steps, svi.eval_every = learning_rate, max_steps, eval_every
+                svi.seed = None if self.seed is None else self.seed + number
+                svi.num_particles = min(
+                    self.num_particles, max(_MIN_STAGED_PARTICLES, _MAX_WORK // max(density.work, 1))
+                )
+                if density.vectorized and guide.get_posterior().has_rsample:
+                    svi.objective = CoordinateELBO(guide.get_posterior, density)
+                stem = name.partition(",")[0]
+
+                def execution(*given: Any) -> Execution:
+                    """What the stage before used, where this one goes on with it: its step is recorded already."""
+                    return executions.get(stem) or executions.setdefault(stem, Execution(*given))
+
+                return svi._run(itertools.repeat((args, kwargs)), fixed=True, make_execution=execution)
+
+            return fit_in_stages(fit, self.program, density, self.num_starts, self.max_steps, args, kwargs)
         finally:
             if self.seed is not None:
                 set_random_state(before)
 
-    def _run(self, data: Iterator[Arguments], fixed: bool, resume: Path | None = None) -> FitResult:
+    def _run(
+        self,
+        data: Iterator[Arguments],
+        fixed: bool,
+        resume: Path | None = None,
+        make_execution: Callable[..., Execution] = Execution,
+    ) -> FitResult:
         ranks = Ranks()
         before = random_state()
         try:
             ranks.seed(self.seed)
-            return self._fit(data, fixed, ranks, resume)
+            return self._fit(data, fixed, ranks, resume, make_execution)
         finally:
             if self.seed is not None:
                 set_random_state(before)
 
-    def _fit(self, data: Iterator[Arguments], fixed: bool, ranks: Ranks, resume: Path | None) -> FitResult:
+    def _fit(
+        self,
+        data: Iterator[Arguments],
+        fixed: bool,
+        ranks: Ranks,
+        resume: Path | None,
+        make_execution: Callable[..., Execution],
+    ) -> FitResult:
         start = time.perf_counter()
         args, kwargs = next(data)
         params = self._params(args, kwargs)
@@ -240,7 +272,7 @@ class FlowSVI:
         flat = ranks.of_first(read(params))
         write(flat, params)
         adam = GuardedAdam(self.clip_norm, self.weight_decay)
-        execution = Execution(
+        execution = make_execution(
             self.compile, self.program, self.objective, adam, params, ranks, self.max_steps, self.eval_every
         )
         particles = ranks.share(self.num_particles)
@@ -350,7 +382,7 @@ class FlowSVI:
         """The unconstrained tensors of every parameter that the objective touches."""
         self.program.structure(args, kwargs)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
-            self.objective.estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
+            ELBO().estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
         params = list({id(p): p for p in params if p.requires_grad}.values())
         if not params:

@@ -24,6 +24,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pyro_nf.density import scripted
 from pyro_nf.inference.optim import State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.tracing import Draws
@@ -108,7 +109,7 @@ class GraphSteps:
             except Exception as error:  # whatever the model raises where its tensors have no values
                 raise GraphError(first_line(error)) from error
             self._held = _lift(self._graph, params)
-            self._script = _script(self._graph, (*(tensor.clone() for tensor in inputs), *self._held))
+            self._script = scripted(self._graph, (*(tensor.clone() for tensor in inputs), *self._held))
         self.unroll = 1
         self._call: Callable[..., Leaves] = self._scripted_steps
 
@@ -337,17 +338,6 @@ def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:
         nodes.erase_node(node)
     graph.recompile()
     return tuple(held)
-
-
-def _script(graph: GraphModule, inputs: Leaves) -> Callable[..., Leaves]:
-    """Return the graph as TorchScript, which goes from operation to operation without Python: twice as fast."""
-    try:
-        with torch.no_grad():
-            script: Callable[..., Leaves] = torch.jit.trace(graph, inputs, check_trace=False)
-            script(*inputs)
-    except (RuntimeError, TypeError):  # an operation or a value that TorchScript does not know
-        return graph
-    return script
 
 
 def _merge(graph: GraphModule) -> None:

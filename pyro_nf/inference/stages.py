@@ -8,29 +8,45 @@ from contextlib import closing
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from pyro_nf.diagnostics.weights import WeightSummary, log_densities, summarise
+from pyro_nf.density import Density
+from pyro_nf.diagnostics.weights import WeightSummary, summarise
+from pyro_nf.distributions import FlowDistribution
 from pyro_nf.inference.result import Evaluation, FitResult, Stage
+from pyro_nf.modes import Starts
 from pyro_nf.tracing import Program
 
 # A stage is good enough if its divergence from the posterior is below this, in nats, and its effective draws more than
 # this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.)
-_GOOD_GAP, _GOOD_ESS, _NUM_DRAWS = 0.005, 0.98, 5000
+_GOOD_GAP, _GOOD_ESS, _NUM_DRAWS, _CHUNK = 0.005, 0.98, 5000, 1000
 # Learning rate, most steps, and steps between evaluations of each stage. Coordinates in which the posterior is nearly
 # standard make rates universal; a flow's networks want a lower one.
 _PLAN = {"affine": (0.03, 400, 50), "flow": (0.006, 2000, 100), "flow, longer": (0.003, 4000, 200)}
 _NUM_STARTS = 8
+# A k-hat below which the weights' tail is light, by a margin for its scatter; the shares of wide draws that are tried
+# for it, and how much ELBO that may cost, in nats.
+_LIGHT_TAIL, _SHARES, _PRICE = 0.4, (0.03, 0.1), 0.005
 
 
 @runtime_checkable
 class Staged(Protocol):
     """A guide that can be fitted in stages; `AutoFlow` is."""
 
-    def warm_start(self, *args: Any, num_starts: int, **kwargs: Any) -> Any:
-        """Begin at the best of several modes, where that is better."""
+    def density(self, *args: Any, **kwargs: Any) -> Density:
+        """Return the model's log density over the guide's coordinates."""
+
+    def get_posterior(self) -> FlowDistribution:
+        """Return the guide's distribution over them."""
+
+    def fit_normal(self, density: Density, num_starts: int) -> tuple[Starts, Tensor]:
+        """Fit a normal, and return what was found on the way, and the ELBO at each step."""
+
+    def widen(self, share: float) -> bool:
+        """Give this share of the base's draws heavy tails, and return whether it can have such."""
 
     def stages(self, *args: Any, **kwargs: Any) -> Iterator[str]:
-        """Make the guide what each stage fits, and yield its name."""
+        """Make the guide what each stage fits, and yield its name, "normal" first."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a fit changes."""
@@ -50,19 +66,21 @@ class _Attempt(NamedTuple):
 
 
 def fit_in_stages(
-    fit: Callable[[float, int, int, int], FitResult],
+    fit: Callable[[str, float, int, int, int], FitResult],
     program: Program,
+    density: Density,
     num_starts: int,
     max_steps: int,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> FitResult | None:
-    """Warm start, then fit stage by stage until one is good enough; leave the best in the guide.
+    """Fit a normal, then stage by stage until one is good enough; leave the best in the guide.
 
     Args:
-        fit: Takes learning rate, steps, steps between evaluations and the number of the stage, and fits the guide as
-            it is.
+        fit: Takes the stage's name, learning rate, steps, steps between evaluations and the number of the stage, and
+            fits the guide as it is.
         program: Model and guide.
+        density: The model's, over the guide's coordinates.
         num_starts: Of the warm start; 0 for the default.
         max_steps: Upper bound of all steps together.
         args: The model's arguments.
@@ -75,19 +93,21 @@ def fit_in_stages(
     begin = time.perf_counter()
     attempts: list[_Attempt] = []
     kept: list[bool] = []
-    best, starts = 0, None
+    best = 0
     # Closed at once, also where a fit raises: the guide is then whole again.
     with closing(guide.stages(*args, **kwargs)) as names:
         for number, name in enumerate(names):
             start = time.perf_counter()
-            if number == 0:
-                starts = guide.warm_start(*args, num_starts=num_starts or _NUM_STARTS, **kwargs)
-            rate, steps, eval_every = _PLAN[name]
             left = max_steps - sum(attempt.result.steps for attempt in attempts)
             if left <= 0:
                 break
-            result = fit(rate, min(steps, left), eval_every, number)
-            found = _measure(program, args, kwargs)
+            if name == "normal":
+                starts, history = guide.fit_normal(density, num_starts or _NUM_STARTS)
+                result = _of_normal(program, starts, history, args, kwargs)
+            else:
+                rate, steps, eval_every = _PLAN[name]
+                result = fit(name, rate, min(steps, left), eval_every, number)
+            found = _measure(density, guide.get_posterior())
             state = {key: value.clone() for key, value in guide.state_dict().items()}
             attempts.append(_Attempt(name, result, found, state, time.perf_counter() - start))
             kept.append(number == 0 or _elbo(found) >= _elbo(attempts[best].found))
@@ -100,6 +120,10 @@ def fit_in_stages(
                 break
     if not attempts:
         return None
+    if attempt := _with_tails(guide, density, attempts[best]):
+        attempts.append(attempt)
+        kept.append(True)
+        best = len(attempts) - 1
     results = [attempt.result for attempt in attempts]
     combined = dataclasses.replace(
         results[best],
@@ -111,7 +135,7 @@ def fit_in_stages(
         seconds=time.perf_counter() - begin,
         compile_seconds=sum(result.compile_seconds for result in results),
         stages=tuple(map(_stage, attempts, kept)),
-        starts=starts,
+        starts=results[0].starts,
         history=torch.cat([result.history for result in results]),
         evaluations=tuple(_chained(results)),
     )
@@ -123,6 +147,63 @@ def fit_in_stages(
         return combined
     reason = f"converged: the divergence from the posterior is {_gap(final):.4f} nats by the weights"
     return dataclasses.replace(combined, converged=True, stop_reason=reason)
+
+
+def _with_tails(guide: Staged, density: Density, attempt: _Attempt) -> _Attempt | None:
+    """Widen the tails of what was fitted, where that makes the weights' tail lighter and costs next to nothing.
+
+    Where the posterior has wider tails than a normal, the largest weights are those of a few draws far out.
+    """
+    start = time.perf_counter()
+    before = attempt.found
+    if before is None or before.khat < _LIGHT_TAIL:
+        return None
+    tried = {}
+    for share in _SHARES:
+        if not guide.widen(share):
+            return None
+        found = _measure(density, guide.get_posterior(), 2 * _NUM_DRAWS)
+        if found is not None and found.elbo > before.elbo - _PRICE:
+            tried[share] = found
+        if found is not None and found.khat < _LIGHT_TAIL:
+            break
+    best = min(tried, key=lambda share: tried[share].khat, default=0.0)
+    if not best or tried[best].khat > before.khat:
+        guide.widen(0.0)
+        return None
+    guide.widen(best)
+    result = dataclasses.replace(attempt.result, steps=0, history=attempt.result.history[:0], evaluations=())
+    return _Attempt("tails", result, tried[best], {}, time.perf_counter() - start)
+
+
+def _of_normal(
+    program: Program, starts: Starts, history: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FitResult:
+    """The result of a fit of a normal, whose ELBO is not measured yet."""
+    return FitResult(
+        elbo=-math.inf,
+        elbo_mcse=math.inf,
+        converged=False,
+        stop_reason="not converged: a normal is not enough",
+        steps=len(history),
+        best_step=len(history),
+        plateau_step=None,
+        num_skipped=0,
+        seconds=0.0,
+        learning_rate=math.nan,
+        execution="recorded",
+        execution_reason="a normal is fitted by natural gradients",
+        compile_seconds=0.0,
+        path_gradient=True,
+        stages=(),
+        starts=starts,
+        history=history,
+        evaluations=(),
+        model=program.model,
+        guide=program.guide,
+        args=args,
+        kwargs=kwargs,
+    )
 
 
 def _stage(attempt: _Attempt, kept: bool) -> Stage:
@@ -147,10 +228,14 @@ def _is_good(found: WeightSummary | None) -> bool:
     return found is not None and _gap(found) < _GOOD_GAP and found.ess_fraction > _GOOD_ESS
 
 
-def _measure(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> WeightSummary | None:
-    terms = program.map_in_chunks(log_densities, _NUM_DRAWS, args, kwargs)
-    log_weights = terms["log_p"].double() - terms["log_q"].double()
-    return summarise(log_weights.cpu().numpy()[None]) if bool(log_weights.isfinite().all()) else None
+@torch.no_grad()
+def _measure(density: Density, posterior: FlowDistribution, num_draws: int = _NUM_DRAWS) -> WeightSummary | None:
+    log_weights = []
+    for _ in range(num_draws // _CHUNK):
+        points, log_q = posterior.rsample_and_log_prob((_CHUNK,))
+        log_weights.append(density.values(points).double() - log_q.double())
+    all_weights = torch.cat(log_weights)
+    return summarise(all_weights.cpu().numpy()[None]) if bool(all_weights.isfinite().all()) else None
 
 
 def _chained(results: list[FitResult]) -> Iterator[Evaluation]:

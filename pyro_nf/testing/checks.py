@@ -225,6 +225,20 @@ def joint_score(case: Case) -> float:
     return _error(case.score(maps, y), case.log_base(case.points) - log_det, case.rounding_back(case.score, y))
 
 
+def pushed_score(case: Case) -> float | None:
+    """The score that a forward pass carries along is the gradient of the log density."""
+    maps = case.maps()
+    if not isinstance(maps.flow, Flow):
+        return None
+
+    def gradient(maps: _Maps, y: Tensor) -> Tensor:
+        y = y.detach().requires_grad_()
+        return torch.autograd.grad(case.score(maps, y).sum(), y)[0]
+
+    y, _, score = maps.flow.forward_with_score(case.points, -case.points, case.context)
+    return _error(score, gradient(maps, y), case.rounding_back(gradient, y.detach()))
+
+
 @torch.no_grad()
 def integral(case: Case) -> float:
     """The density sums to 1 over a grid."""

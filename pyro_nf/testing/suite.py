@@ -122,6 +122,7 @@ def check_flow(
     plan += [
         checks.Check("sum of log-dets", "of both directions is not 0", checks.cancel, every),
         checks.Check("joint score", "differs from the score of the draw", checks.joint_score, every),
+        checks.Check("pushed score", "differs from autograd's", checks.pushed_score, (checks.MODERATE,)),
         checks.Check("parameters", "", checks.parameters, (checks.MODERATE,)),
         checks.Check("copies", "differ from the original", partial(checks.copies, factory=factory), limit=0.0),
         checks.Check("distributions", "of torch and Pyro score differently", checks.distributions),

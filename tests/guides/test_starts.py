@@ -82,7 +82,7 @@ def test_bad_options_are_named():
         FlowSVI(regression, AutoFlow(regression), num_starts=-1)
 
     def large():
-        pyro.sample("z", dist.Normal(torch.zeros(501), 1.0).to_event(1))
+        pyro.sample("z", dist.Normal(torch.zeros(1001), 1.0).to_event(1))
 
-    with pytest.raises(ValueError, match=r"warm_start takes up to 500 coordinates.* has 501"):
+    with pytest.raises(ValueError, match=r"warm_start takes up to 1000 coordinates.* has 1001"):
         AutoFlow(large).warm_start()

@@ -26,12 +26,12 @@ def banana():
 def test_a_normal_posterior_of_any_unit_needs_no_flow():
     guide = AutoFlow(normal)
     result = FlowSVI(normal, guide, seed=0, progress=False).run()
-    assert [stage.name for stage in result.stages] == ["affine"]
+    assert [stage.name for stage in result.stages] == ["normal"]
     assert result.stages[0].kept
     assert result.elbo == pytest.approx(0.0, abs=0.002)
     assert result.converged
     assert "divergence" in result.stop_reason
-    assert result.steps == result.stages[0].steps == len(result.history) <= 400
+    assert result.steps == result.stages[0].steps == len(result.history) <= 40
     draws = guide.sample_posterior(50_000)["z"]
     assert torch.allclose(draws.mean(0), torch.tensor(1e3).double(), atol=2e-5, rtol=0)
     assert torch.allclose(draws.std(0), torch.tensor(1e-3).double(), rtol=0.02)
@@ -41,9 +41,9 @@ def test_a_normal_posterior_of_any_unit_needs_no_flow():
 def test_a_bent_posterior_gets_a_flow():
     guide = AutoFlow(banana)
     result = FlowSVI(banana, guide, seed=0, progress=False).run()
-    affine, flow = result.stages[:2]
-    assert (affine.name, flow.name) == ("affine", "flow")
-    assert affine.gap > 0.1
+    normal, flow = result.stages[:2]
+    assert (normal.name, flow.name) == ("normal", "flow")
+    assert normal.gap > 0.1
     assert flow.gap < 0.02
     assert flow.ess_fraction > 0.95
     assert result.elbo == pytest.approx(0.0, abs=0.02)
@@ -57,7 +57,7 @@ def test_a_stage_that_is_worse_is_taken_back():
     guide()
 
     fit = a_fit(guide, lambda number, loc: number and loc.add_(10.0))
-    result = fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
+    result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 10_000, (), {})
     assert [stage.kept for stage in result.stages] == [True, False, False]
     assert result.elbo == result.stages[0].elbo
     assert result.best_step <= 100
@@ -67,7 +67,7 @@ def test_a_stage_that_is_worse_is_taken_back():
 def a_fit(guide, spoil):
     """A short fit in place of a stage, and then whatever `spoil` does to the guide."""
 
-    def fit(learning_rate, max_steps, eval_every, number):
+    def fit(name, learning_rate, max_steps, eval_every, number):
         result = FlowSVI(banana, guide, learning_rate=0.01, max_steps=50, seed=0, progress=False).run()
         with torch.no_grad():
             spoil(number, guide.flow.flows[-1].params.loc)
@@ -80,7 +80,7 @@ def test_a_stage_that_ends_in_nan_loses_nothing():
     guide = AutoFlow(banana)
     guide()
     fit = a_fit(guide, lambda number, loc: number and loc.fill_(float("nan")))
-    result = fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
+    result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 10_000, (), {})
     assert [stage.kept for stage in result.stages] == [True, False, False]
     assert result.stages[1].elbo == -float("inf")
     assert all(bool(value.isfinite().all()) for value in guide.sample_posterior(100).values())
@@ -94,7 +94,7 @@ def test_a_fit_that_raises_leaves_the_guide_whole():
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no") as caught:
-        fit_in_stages(fit, Program(banana, guide), 2, 10_000, (), {})
+        fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 10_000, (), {})
     assert guide.get_posterior().flow is guide.flow  # while the traceback still holds the frames
     del caught
 
@@ -104,13 +104,13 @@ def test_stages_take_no_more_than_max_steps_together():
     guide()
     asked = []
 
-    def fit(learning_rate, max_steps, eval_every, number):
+    def fit(name, learning_rate, max_steps, eval_every, number):
         asked.append(max_steps)
         return FlowSVI(banana, guide, learning_rate=0.01, max_steps=min(max_steps, 60), progress=False).run()
 
-    result = fit_in_stages(fit, Program(banana, guide), 2, 100, (), {})
+    result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 140, (), {})
     assert asked == [100, 40]
-    assert result.steps == 100
+    assert result.steps == 140
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
     results = [
         FlowSVI(banana, guide, callbacks=[lambda evaluation: True], seed=3, progress=False).run() for guide in guides
     ]
-    assert len(results[0].stages) == 1
+    assert [stage.name for stage in results[0].stages][:2] == ["normal", "flow"]
     assert "callback" in results[0].stop_reason
     assert results[0].elbo == results[1].elbo
     states = [guide.state_dict() for guide in guides]

@@ -1,0 +1,156 @@
+"""A log density and its gradient at many points at once, without the cost of Python for each of them."""
+
+import threading
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from pyro_nf.coordinates import LogDensity
+
+# Points that are computed at once: as many as keep each operation's numbers in the processor's cache, within bounds.
+_MAX_POINTS, _MIN_POINTS, _CACHED_NUMBERS = 128, 16, 2**17
+# Operations from which on TorchScript, which takes a while to make, is faster over some hundred calls.
+_MANY_OPERATIONS = 1000
+
+Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Density:
+    """A log density over `dim` coordinates, evaluated with its gradient at many points.
+
+    The function is recorded as a graph of tensor operations on first use, which goes without Pyro's handlers, and is
+    compared with the plain function at other points; where they differ, or it cannot be recorded, the plain one is
+    used. What `vmap` cannot batch is computed point by point.
+
+    Args:
+        log_density: `(dim,) -> ()`.
+        num_numbers: Numbers that a point makes in an operation: as many as there are data.
+
+    Attributes:
+        vectorized: Whether points are batched, as far as is known.
+        work: Numbers that all operations make for a point; 0 before the first use, or if nothing could be recorded.
+        is_long: Whether it is recorded, and its operations are so many that they, not numbers, take the time.
+        size: Points that are computed at once.
+    """
+
+    def __init__(self, log_density: LogDensity, num_numbers: int = 1) -> None:
+        self.log_density = log_density
+        self.vectorized, self.work, self.is_long = True, 0, False
+        self.size = max(_MIN_POINTS, min(_MAX_POINTS, _CACHED_NUMBERS // max(num_numbers, 1)))
+        self._single = torch.func.grad_and_value(log_density)
+        self._batch: Gradients | None = None
+        self._graph: GraphModule | None = None
+
+    def values(self, points: Tensor) -> Tensor:
+        """Return the log density at `(num_points, dim)`, `(num_points,)`."""
+        return self.gradients(points)[1]
+
+    @torch.no_grad()
+    def gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradients at `(num_points, dim)`, of the same shape, and the log densities, `(num_points,)`."""
+        gradients, values = zip(*map(self._part, points.split(self.size)), strict=True)
+        return torch.cat(gradients), torch.cat(values)
+
+    @torch.no_grad()
+    def hessian(self, point: Tensor) -> Tensor:
+        """Return the second derivatives at a point, `(dim, dim)`."""
+        # Twice in reverse: what models are made of does not all have forward derivatives.
+        rows = torch.func.jacrev(torch.func.grad(self.log_density), chunk_size=_MAX_POINTS)(point)
+        hessian: Tensor = (rows + rows.mT) / 2
+        return hessian
+
+    def batch(self, num_points: int) -> Gradients:
+        """Return `gradients` for so many points as operations that can be recorded, differentiated and compiled."""
+        same_size = self._graph is not None and num_points == self.size
+        return self._graph if same_size else torch.func.vmap(self._single)  # type: ignore[return-value]
+
+    def _part(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        # A graph is of one size: the last point is repeated to fill it.
+        full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
+        if self._batch is None:
+            self._batch = self._record(full)
+        gradients, values = self._batch(full)
+        return gradients[: len(points)], values[: len(points)]
+
+    def _record(self, points: Tensor) -> Gradients:
+        single = self._single
+        batch: Gradients = torch.func.vmap(single, randomness="different")
+        try:
+            batch(points)
+        except RuntimeError:  # control flow that depends on values, say
+            self.vectorized = False
+            return lambda points: tuple(map(torch.stack, zip(*map(single, points), strict=True)))  # type: ignore[return-value]
+        try:
+            graph = make_fx(batch)(points.clone())
+            elsewhere = points + 0.1
+            pairs = zip(batch(elsewhere), graph(elsewhere), strict=True)
+            if not all(torch.allclose(one, other, rtol=1e-3, equal_nan=True) for one, other in pairs):
+                return batch
+        except (RuntimeError, TypeError):  # an operation or a value that cannot be recorded
+            return batch
+        made = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+        self.work = sum(value.numel() for value in made if isinstance(value, Tensor)) // len(points)
+        self.is_long, self._graph = len(made) > _MANY_OPERATIONS, graph
+        recorded: Gradients = scripted(graph, (points.clone(),)) if self.is_long else graph
+        return recorded
+
+
+def scripted(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """Return a graph as TorchScript, which goes from operation to operation without Python: twice as fast."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            # Deprecated in favour of the compiler, which takes minutes where this takes a second.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            script: Callable[..., Any] = torch.jit.trace(graph, inputs, check_trace=False)
+            script(*inputs)
+    except (RuntimeError, TypeError):  # an operation or a value that TorchScript does not know
+        return graph
+    return script
+
+
+class Together:
+    """A batched function for several threads: their calls are answered as one batch, once all of them have asked.
+
+    Args:
+        function: `(num_points, dim) -> tensors`, with a row for each point.
+        num_threads: How many will ask; each says `leave` when it will not ask again.
+    """
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], num_threads: int) -> None:
+        self.function, self.num_threads = function, num_threads
+        self._asked: dict[int, Tensor] = {}
+        self._answers: dict[int, Any] = {}
+        self._changed = threading.Condition()
+
+    def __call__(self, thread: int, point: Tensor) -> tuple[Tensor, ...]:
+        """Return the function's results at this thread's point."""
+        with self._changed:
+            self._asked[thread] = point
+            self._answer()
+            self._changed.wait_for(lambda: thread in self._answers)
+            answer = self._answers.pop(thread)
+        if isinstance(answer, Exception):
+            raise answer
+        return tuple(answer)
+
+    def leave(self) -> None:
+        """Let the others go on without this thread."""
+        with self._changed:
+            self.num_threads -= 1
+            self._answer()
+
+    def _answer(self) -> None:
+        if not self._asked or len(self._asked) < self.num_threads:
+            return
+        try:
+            rows: Any = zip(*self.function(torch.stack(list(self._asked.values()))), strict=True)
+        except Exception as error:  # whatever it raises, each thread that waits for it raises
+            rows = [error] * len(self._asked)
+        self._answers.update(zip(self._asked, rows, strict=True))
+        self._asked.clear()
+        self._changed.notify_all()

@@ -1,0 +1,90 @@
+"""Log densities in batches: recorded or not, batched or not, and asked for by several threads."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from pyro_nf.density import Density, Together
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def smooth(x):
+    return -0.5 * x.square().sum() + x[0].sin() * x[1]
+
+
+def branching(x):
+    # Recorded on one side of 0, it would be wrong on the other.
+    return smooth(x) if bool(x.detach()[0] < 0) else 3.0 * smooth(x)
+
+
+def reading(x):
+    x.detach().sum().item()
+    return smooth(x)
+
+
+@pytest.mark.parametrize("log_density", [smooth, branching, reading])
+@pytest.mark.parametrize("num_points", [1, 128, 300])
+def test_values_gradients_and_hessian_are_autograds(log_density, num_points):
+    density = Density(log_density)
+    points = torch.randn(num_points, 3, generator=torch.Generator().manual_seed(0))
+    gradients, values = density.gradients(points)
+    for point, gradient, value in zip(points, gradients, values, strict=True):
+        wanted, at = torch.func.grad_and_value(log_density)(point)
+        assert torch.allclose(gradient, wanted)
+        assert torch.allclose(value, at)
+    assert torch.equal(density.values(points), values)
+    assert torch.allclose(density.hessian(points[0]), torch.autograd.functional.hessian(log_density, points[0]))
+    assert density.vectorized == (log_density is smooth)
+    assert (density.work > 0) == (log_density is smooth)
+
+
+def test_a_density_of_many_operations_is_the_same():
+    def long(x):
+        for _ in range(600):
+            x = x + 0.01 * x.sin()
+        return -x.square().sum()
+
+    points = torch.randn(5, 2)
+    gradients, values = Density(long).gradients(points)
+    assert torch.allclose(values, torch.func.vmap(long)(points))
+    assert torch.allclose(gradients, torch.func.vmap(torch.func.grad(long))(points))
+
+
+def test_threads_are_answered_together_and_may_leave():
+    batches = []
+
+    def function(points):
+        batches.append(len(points))
+        return (points.square(),)
+
+    together = Together(function, 3)
+
+    def run(number):
+        try:
+            return [float(together(number, torch.full((1,), float(number)))[0]) for _ in range(number + 1)]
+        finally:
+            together.leave()
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(3))) == [[0.0], [1.0, 1.0], [4.0, 4.0, 4.0]]
+    assert batches == [3, 2, 1]
+
+
+def test_an_error_reaches_every_thread_that_waits_for_it():
+    def function(points):
+        raise ValueError("no density here")
+
+    together = Together(function, 2)
+
+    def run(number):
+        try:
+            with pytest.raises(ValueError, match="no density here"):
+                together(number, torch.zeros(1))
+        finally:
+            together.leave()
+        return True
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, range(2))) == [True, True]
