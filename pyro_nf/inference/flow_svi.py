@@ -217,9 +217,8 @@ class FlowSVI:
             def fit(name: str, learning_rate: float, max_steps: int, eval_every: int, number: int) -> FitResult:
                 svi.learning_rate, svi.max_steps, svi.eval_every = learning_rate, max_steps, eval_every
                 svi.seed = None if self.seed is None else self.seed + number
-                svi.num_particles = min(
-                    self.num_particles, max(_MIN_STAGED_PARTICLES, _MAX_WORK // max(density.work, 1))
-                )
+                affordable = max(_MIN_STAGED_PARTICLES, _MAX_WORK // max(density.work, 1))
+                svi.num_particles = min(self.num_particles, density.size if density.is_long else affordable)
                 if density.vectorized and guide.get_posterior().has_rsample:
                     svi.objective = CoordinateELBO(guide.get_posterior, density)
                 stem = name.partition(",")[0]
