@@ -14,6 +14,8 @@ from pyro_nf.coordinates import LogDensity
 
 # Points that are computed at once: as many as keep each operation's numbers in the processor's cache, within bounds.
 _MAX_POINTS, _MIN_POINTS, _CACHED_NUMBERS = 128, 16, 2**17
+# Coordinates from which on a matrix of theirs, and so each point, may cost more than all else.
+_MANY_COORDINATES = 256
 # Operations from which on TorchScript, which takes a while to make, is faster over some hundred calls.
 _MANY_OPERATIONS = 1000
 
@@ -70,6 +72,8 @@ class Density:
         return self._graph if same_size else torch.func.vmap(self._single)  # type: ignore[return-value]
 
     def _part(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4:
+            return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
         # A graph is of one size: the last point is repeated to fill it.
         full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
         if self._batch is None:

@@ -102,18 +102,31 @@ def find_starts(density: Density, posterior: FlowDistribution, points: Tensor) -
 def find_modes(density: Density, points: Tensor) -> list[Mode]:
     """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first."""
     found: list[Mode] = []
-    ends = _climb(density, points)
-    for loc, slope in zip(ends, density.gradients(ends)[0], strict=True):
-        same = [i for i, mode in enumerate(found) if distance(mode, loc) < _SAME_MODE]
-        if same:
-            found[same[0]] = found[same[0]]._replace(num_runs=found[same[0]].num_runs + 1)
+    for loc in _climb(density, points):
+        if _joins(found, loc):
             continue
         scale_tril = _scale_tril(density.hessian(loc).double())
-        if scale_tril is not None:
-            scale_tril = scale_tril.to(loc)
-            converged = float((scale_tril.mT @ slope).square().mean().sqrt()) < _LEVEL
-            found.append(Mode(loc, scale_tril, normal_elbo(density, loc, scale_tril), 1, converged))
+        if scale_tril is None:
+            continue
+        scale_tril = scale_tril.to(loc)
+        # A step of Newton's method, for climbs slow down where scales differ by orders of magnitude.
+        both = torch.stack([loc, loc + scale_tril @ (scale_tril.mT @ density.gradients(loc[None])[0][0])])
+        slopes, values = density.gradients(both)
+        better = int(values[1] > values[0])
+        if not _joins(found, both[better]):
+            converged = float((scale_tril.mT @ slopes[better]).square().mean().sqrt()) < _LEVEL
+            elbo = normal_elbo(density, both[better], scale_tril)
+            found.append(Mode(both[better], scale_tril, elbo, 1, converged))
     return sorted(found, key=lambda mode: -mode.elbo)
+
+
+def _joins(found: list[Mode], loc: Tensor) -> bool:
+    """Count a run to the mode at which it ended, if that is known."""
+    for number, mode in enumerate(found):
+        if distance(mode, loc) < _SAME_MODE:
+            found[number] = mode._replace(num_runs=mode.num_runs + 1)
+            return True
+    return False
 
 
 def starting_points(num_points: int, like: Tensor) -> Tensor:
