@@ -73,3 +73,13 @@ def test_scored_draw_scores_its_draw_without_an_inverse_and_others_with(monkeypa
     monkeypatch.undo()
     assert torch.allclose(scored.log_prob(value.clone()), expected)
     assert scored.expand((5,)).rsample().shape == (5, 3)
+
+
+@pytest.mark.parametrize("name", stacks.names())
+def test_the_score_that_comes_with_a_draw_is_the_densitys_gradient(name, float64):
+    q = FlowDistribution(normal(4), scramble(stacks.make(name, 4, depth=2), scale=0.3))
+    y, log_prob, score = q.rsample_and_score((7,))
+    assert torch.allclose(q.log_prob(y.detach()), log_prob, atol=1e-8)
+    wanted = torch.func.grad(lambda y: q.log_prob(y).sum())(y.detach())
+    assert torch.allclose(score, wanted, rtol=1e-5, atol=1e-5)
+    assert not score.requires_grad
