@@ -37,7 +37,7 @@ def test_imports_run_one_way(path):
 def test_importing_everything_loads_no_plots_and_no_data_libraries(tmp_path):
     code = (
         "import sys, pyro_nf, pyro_nf.diagnostics, pyro_nf.guides, pyro_nf.inference, pyro_nf.models, pyro_nf.testing\n"
-        "print([m for m in ('matplotlib', 'arviz', 'sklearn') if m in sys.modules])"
+        "print([m for m in ('matplotlib', 'arviz', 'sklearn', 'statsmodels') if m in sys.modules])"
     )
     # From the checkout, too, where Python finds the folder pyro_nf before the installed package.
     for folder in (tmp_path, ROOT):
