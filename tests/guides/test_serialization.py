@@ -27,7 +27,7 @@ def model(y):
         pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
-def fitted(flow="realnvp", base="normal"):
+def fitted(flow="auto", base="normal"):
     guide = AutoFlow(model, flow, base=base)
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), Trace_ELBO())
     for _ in range(3):
