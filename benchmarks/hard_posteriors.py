@@ -45,7 +45,8 @@ def load(name):
         return posterior
     record = json.loads(REFERENCES.read_text())[name]
     mean, sd = (
-        {site: torch.tensor(figures[moment]) for site, figures in record["sites"].items()} for moment in ("mean", "sd")
+        {site: torch.tensor(figures[moment], dtype=torch.float64) for site, figures in record["sites"].items()}
+        for moment in ("mean", "sd")
     )
     return posterior._replace(log_evidence=record["log_evidence"], mean=mean, sd=sd)
 

@@ -1,7 +1,7 @@
 """References of the hard posteriors that have no exact figures, by long runs of NUTS in NumPyro.
 
 python benchmarks/hard_references.py [--names fertility motorcycle] [--chains 8] [--warmup 2000] [--draws 10000]
-    [--seed 0] [--file benchmarks/references/hard.json]
+    [--accept 0.95] [--seed 0] [--file benchmarks/references/hard.json]
 
 Needs NumPyro. Each model is written again for it; in that of fertility the lines of the countries are integrated out,
 and drawn from what they are given the rest, a normal. The densities are compared with the Pyro models', at draws of the
@@ -183,7 +183,7 @@ def reference(name, options):
     args = tuple(jnp.asarray(arg.numpy()) if isinstance(arg, torch.Tensor) else arg for arg in posterior.args)
     keys = random.split(random.PRNGKey(options.seed), 4)
     mcmc = MCMC(
-        NUTS(model, dense_mass=True, target_accept_prob=0.95),
+        NUTS(model, dense_mass=True, target_accept_prob=options.accept),
         num_warmup=options.warmup,
         num_samples=options.draws,
         num_chains=options.chains,
@@ -246,6 +246,7 @@ def main():
     parser.add_argument("--chains", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2000)
     parser.add_argument("--draws", type=int, default=10_000)
+    parser.add_argument("--accept", type=float, default=0.95, help="NUTS's target; higher for fewer divergences")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--file", type=Path, default=FILE)
     options = parser.parse_args()
