@@ -6,8 +6,9 @@ python benchmarks/posteriordb.py [--folder FOLDER] [--names garch-garch11 ...] [
 Every fit is `FlowSVI(model, AutoFlow(model), seed=seed).run(*data)`, one configuration for all. `gap` is the known log
 evidence less the ELBO, in nats; `mean off` and `sd off` the largest error of a latent's mean, in reference sds, and of
 its sd, relative, from 100,000 draws as they are; `missed` counts fits that are more than .1 nats off and not flagged.
-`--peers` gives Pyro's guides 20 s each in Pyro's own SVI, Adam at 0.01. Fits that `--results` holds already are not
-done again. Each process has one thread.
+`--peers` gives others 20 s each: Pyro's guides in Pyro's own SVI, Adam at 0.01; NumPyro's and PyMC's as
+`posteriordb_peers.py` says (`pip install numpyro pymc`), by the weights of their draws under our model's density, with
+no verdict. Fits that `--results` holds already are not done again. Each process has one thread.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import posteriordb_peers
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -81,15 +83,23 @@ def run(job):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     record = {"posterior": name, "method": method, "seed": seed}
-    fit = defaults if method == "AutoFlow" else partial(peer, PEERS[method])
-    start = time.perf_counter()
+    mean_off = sd_off = None
     try:
-        guide, said = fit(posterior, seed)
-        seconds = time.perf_counter() - start
-        found = diagnose(posterior.model, guide, *posterior.args)
+        if method in posteriordb_peers.FITS:
+            draws = posteriordb_peers.fit(posterior, method, PEER_SECONDS, seed)
+            seconds, said = draws.seconds, {"steps": draws.steps, "stages": "", "converged": False}
+            found, verdict = posteriordb_peers.weigh(posterior, draws), {"reliable": None, "reasons": ""}
+        else:
+            fit = defaults if method == "AutoFlow" else partial(peer, PEERS[method])
+            start = time.perf_counter()
+            guide, said = fit(posterior, seed)
+            seconds = time.perf_counter() - start
+            found = diagnose(posterior.model, guide, *posterior.args)
+            verdict = {"reliable": found.reliable, "reasons": "; ".join(found.reasons)}
     except Exception as error:  # whatever a fit raises is its line in the table; the others go on
         return {**record, "error": f"{type(error).__name__}: {error}"}
-    mean_off, sd_off = moments(posterior, guide) if method == "AutoFlow" else (None, None)
+    if method == "AutoFlow":
+        mean_off, sd_off = moments(posterior, guide)
     return {
         **record,
         **said,
@@ -100,8 +110,7 @@ def run(job):
         "k-hat": found.khat,
         "mean off": mean_off,
         "sd off": sd_off,
-        "reliable": found.reliable,
-        "reasons": "; ".join(found.reasons),
+        **verdict,
     }
 
 
@@ -113,7 +122,7 @@ def show(records):
             print(f"failed: {record['posterior']}, {record['method']}, seed {record['seed']}: {record['error']}")
     if table.empty:
         return
-    table["missed"] = table["reliable"].astype(bool) & (table["gap"] > 0.1)
+    table["missed"] = table["reliable"].eq(True) & (table["gap"] > 0.1)
     groups = table.groupby(["method", "posterior"])
     lines = groups.agg(
         seeds=("seed", "size"),
@@ -124,7 +133,7 @@ def show(records):
         mean_off=("mean off", "max"),
         sd_off=("sd off", "max"),
         seconds=("seconds", "median"),
-        flagged=("reliable", lambda values: int((~values.astype(bool)).sum())),
+        flagged=("reliable", lambda values: int(values.eq(False).sum())),
         missed=("missed", "sum"),
     )
     print(lines.to_string(float_format="%.4f"))
@@ -148,7 +157,7 @@ def main():
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     records = [json.loads(line) for line in lines]
     done = {(record["posterior"], record["method"], record["seed"]) for record in records}
-    methods = ["AutoFlow", *(PEERS if options.peers else ())]
+    methods = ["AutoFlow", *((*PEERS, *posteriordb_peers.installed()) if options.peers else ())]
     wanted = [(name, method, seed) for seed in range(options.seeds) for name in options.names for method in methods]
     jobs = [(options.folder, *key) for key in wanted if key not in done]
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool, options.results.open("a") as file:
