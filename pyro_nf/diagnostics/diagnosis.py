@@ -13,10 +13,10 @@ from torch import Tensor
 from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
 from pyro_nf.density import Density
 from pyro_nf.diagnostics.moments import Moments
-from pyro_nf.diagnostics.regions import regions
+from pyro_nf.diagnostics.regions import num_scattered, regions
 from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
-from pyro_nf.modes import starting_points
+from pyro_nf.modes import find_modes, starting_points
 from pyro_nf.tracing import Particle, Program
 
 # Fewer effective draws than this cannot carry a posterior summary.
@@ -27,6 +27,8 @@ _FLAT_ESS, _FLAT_WEIGHT = 0.9, 0.01
 _MEAN, _SD, _CENTRE = 0.2, 0.2, 0.5
 # Climbs need the whole Hessian.
 _MAX_DIM = 500
+# So many modes of little evidence, each found by a climb of its own, are a sign of many more.
+_MANY_MODES = 4
 # Draws with a gradient, and numbers that their coordinates may take together.
 _NUM_SCORES, _PER_COORDINATE, _MAX_NUMBERS = 1000, 10, 2**24
 
@@ -249,9 +251,15 @@ def _with_starts(diagnosis: Diagnosis, density: Density, points: Tensor, num_sta
         return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, note))
     if not num_starts:
         return diagnosis
-    starts = starting_points(num_starts, points[0])
-    found = [region for region in regions(density, starts, points, diagnosis.log_evidence) if region.left_out]
+    modes = find_modes(density, starting_points(num_starts, points[0]))
+    found = [region for region in regions(density, modes, points, diagnosis.log_evidence) if region.left_out]
     reasons = []
+    scattered = num_scattered(modes, points, diagnosis.log_evidence)
+    if scattered >= max(_MANY_MODES, num_starts / 2):
+        reasons.append(
+            f"{num_starts} other starts ended in {scattered} different modes where the guide has no draws: each has "
+            "little of the evidence, but there may be very many; the log evidence may be too low"
+        )
     if found:
         worst = max(found, key=lambda region: region.evidence)
         reasons.append(

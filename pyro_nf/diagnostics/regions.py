@@ -8,11 +8,13 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from pyro_nf.density import Density
-from pyro_nf.modes import Mode, distance, find_modes
+from pyro_nf.modes import Mode, distance
 
 _NUM_DRAWS = 2000
 # Regions with less of the evidence than this are not looked at.
 _NEGLIGIBLE = 0.01
+# Modes with so much less evidence than all that the guide covers, in nats, do not matter, however many.
+_LEAST_EVIDENCE = 30.0
 # A guide has left a region out that holds so many times what it has there, Monte Carlo errors aside.
 _TIMES = 2.0
 
@@ -39,26 +41,41 @@ class Region(NamedTuple):
         return least > _NEGLIGIBLE and least > _TIMES * most
 
 
-def regions(density: Density, starts: Tensor, points: Tensor, log_evidence: float) -> list[Region]:
-    """Climb from each start, and compare the evidence around the modes found with the guide's draws there.
+def regions(density: Density, modes: list[Mode], points: Tensor, log_evidence: float) -> list[Region]:
+    """Compare the evidence around modes with the guide's draws there.
 
     Whatever the posterior's shape, both figures are of the same region, an ellipsoid about the mode, and both are
     plain Monte Carlo: of the density under draws from the normal there, and of the guide's draws.
 
     Args:
         density: The model's, over the coordinates.
-        starts: Where to climb from, `(num_starts, dim)`.
+        modes: What climbs found.
         points: The guide's draws, `(n, dim)`.
         log_evidence: As the guide's weights estimate it.
     """
     # A mode whose normal has hardly any evidence has hardly any in its inner half.
-    modes = [mode for mode in find_modes(density, starts) if mode.elbo > log_evidence + math.log(_NEGLIGIBLE) - 3]
-    return [_region(density, mode, points, log_evidence) for mode in modes]
+    heavy = [mode for mode in modes if mode.elbo > log_evidence + math.log(_NEGLIGIBLE) - 3]
+    return [_region(density, mode, points, log_evidence) for mode in heavy]
+
+
+def num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:
+    """Return how many modes lie where the guide has no draws and have little evidence, though not next to none.
+
+    One of them may be left out. If nearly every climb finds another one, there are many more than climbs.
+    """
+    low, high = log_evidence - _LEAST_EVIDENCE, log_evidence + math.log(_NEGLIGIBLE)
+    away = (mode for mode in modes if mode.converged and low < mode.elbo < high)
+    return sum(not bool((distance(mode, points) < _radius(points.shape[1])).any()) for mode in away)
+
+
+def _radius(dim: int) -> float:
+    """Root mean square, over the coordinates, of a standard normal's median distance from its centre."""
+    return math.sqrt(chi2.median(dim) / dim)
 
 
 def _region(density: Density, mode: Mode, points: Tensor, log_evidence: float) -> Region:
     dim = len(mode.loc)
-    radius = math.sqrt(chi2.median(dim) / dim)
+    radius = _radius(dim)
     normal = torch.distributions.MultivariateNormal(mode.loc, scale_tril=mode.scale_tril)
     draws = normal.sample((_NUM_DRAWS,))
     log_weights = density.values(draws).double() - normal.log_prob(draws).double() - log_evidence

@@ -193,3 +193,18 @@ def test_a_fit_to_minibatches_cannot_be_compared():
     result = FlowSVI(model, AutoFlow(model), progress=False, max_steps=20, eval_every=10, learning_rate=0.01)
     with pytest.raises(ValueError, match=r"fits\['a'\] must be a fit to all the data"):
         compare({"a": result.run_batches(batches)})
+
+
+def test_many_modes_that_are_each_negligible_are_not_left_unsaid(float64):
+    # 2^32 modes: the best one, all wells on the right, holds 0.4% of the mass, and what climbs find far less each.
+    def wells():
+        with pyro.plate("well", 32):
+            x = pyro.sample("x", dist.Normal(torch.zeros(()), 1.0).mask(False))
+            pyro.factor("energy", 0.5 * x + 6 * x**2 - x**4)
+
+    guide = AutoFlow(wells)
+    guide()
+    guide.flow.flows[-1].assign(torch.full((32,), 1.75), 0.2 * torch.eye(32))
+    found = diagnose(wells, guide, num_samples=1000, num_sets=2)
+    assert not found.reliable
+    assert any("different modes where the guide has no draws" in reason for reason in found.reasons)
