@@ -1,9 +1,23 @@
 """Networks: what flows and encoders take their parameters from."""
 
 from pyro_nf.networks.convolutional import ConvNet
+from pyro_nf.networks.gated import GatedLinear, GatedMLP
+from pyro_nf.networks.images import ImageDecoder, ImageEncoder
 from pyro_nf.networks.made import MADE, MaskedLinear
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.order_agnostic import OrderAgnosticMADE
 from pyro_nf.networks.parameters import ContextParameters, freeze
 
-__all__ = ["MADE", "MLP", "ContextParameters", "ConvNet", "MaskedLinear", "OrderAgnosticMADE", "freeze"]
+__all__ = [
+    "MADE",
+    "MLP",
+    "ContextParameters",
+    "ConvNet",
+    "GatedLinear",
+    "GatedMLP",
+    "ImageDecoder",
+    "ImageEncoder",
+    "MaskedLinear",
+    "OrderAgnosticMADE",
+    "freeze",
+]
