@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import pyro
+import pyro.distributions as dist
 import pyro.infer
 import torch
 from pyro import poutine
@@ -17,6 +18,7 @@ from pyro_nf.tracing import (
     Draws,
     Particle,
     Program,
+    is_latent,
     local_log_prob,
     local_plate,
     log_prob_sum,
@@ -183,6 +185,103 @@ class CoordinateELBO(ELBO):
         gradients, log_p = self.density.batch(len(points))(points.detach())
         surrogate = (points * (gradients - score).detach()).sum(-1)
         return (log_p - log_q).detach().mean(), surrogate.mean()
+
+
+class WarmUpELBO(ELBO):
+    r"""ELBO whose divergence from the prior is phased in, and may be left some free bits: for autoencoders.
+
+    `E_q[log p(x | z)] - beta sum_j max(KL_j, num_data * free_bits)`, where `KL_j = E_q[log q(z_j) - log p(z_j)]` is
+    estimated by the same draws, `beta = min(1, 0.01 + step / warmup_steps)`, and `log p(x | z)` is all of the model but
+    its latents. At full strength from the start, the divergence switches latents off before the decoder has learnt to
+    use them. What is reported is the ELBO itself, `beta = 1` and no free bits. (`ELBO(annealing_steps=...)` weighs the
+    prior along with the likelihood; here the prior belongs to the divergence.)
+
+    The groups j are the model's latent sites that the guide samples one by one, and all others together: under a guide
+    with one flow over all latents, such as `AmortizedFlow`, there is one group. In a group of less than its free bits
+    the divergence has no gradient.
+
+    Args:
+        warmup_steps: Steps until beta is 1; 0 for none. In `FlowSVI` beta changes from block to block, of `eval_every`
+            steps, and no block before the end of the warm-up counts for the plateau.
+        free_bits: Nats for each group and each datum of a subsampled plate that holds all sites; where there is no such
+            plate, for each group.
+        num_particles: As in `ELBO`.
+        sticking_the_landing: As in `ELBO`.
+
+    Raises:
+        ValueError: If a number is out of range; at the first step, if the guide has draws without gradient.
+
+    References:
+        Sønderby, Raiko, Maaløe, Sønderby, Winther (2016), "Ladder variational autoencoders", arXiv:1602.02282, section
+        2.3 (warm-up). Kingma et al. (2016), "Improving variational inference with inverse autoregressive flow",
+        arXiv:1606.04934, equation 15 (free bits).
+
+    Example:
+        >>> import pyro
+        >>> import pyro.distributions as dist
+        >>> from pyro_nf.objectives import WarmUpELBO
+        >>> from pyro.infer import SVI
+        >>> from pyro_nf.guides import AutoFlow
+        >>> def model():
+        ...     z = pyro.sample("z", dist.Normal(1.0, 2.0))
+        ...     pyro.sample("x", dist.Normal(z, 1.0), obs=z.new_zeros(()))
+        >>> svi = SVI(model, AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), WarmUpELBO(100, num_particles=16))
+        >>> isinstance(svi.step(), float)
+        True
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int = 0,
+        free_bits: float = 0.0,
+        num_particles: int = 256,
+        sticking_the_landing: bool | Literal["auto"] = True,
+    ) -> None:
+        if not isinstance(warmup_steps, int) or warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be a whole number, not negative; got {warmup_steps!r}")
+        if not free_bits >= 0:
+            raise ValueError(f"free_bits must not be negative; got {free_bits!r}")
+        super().__init__(num_particles, sticking_the_landing, annealing_steps=warmup_steps)
+        self.free_bits = free_bits
+
+    def estimate(
+        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
+        structure = program.structure(args, kwargs)
+        if names := score_sites(structure.particle.guide):
+            raise ValueError(
+                f"WarmUpELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient"
+            )
+        latents = [name for name, site in structure.particle.model.nodes.items() if is_latent(site)]
+        guide_sites = structure.particle.guide.nodes
+        # A Delta is the image of a draw that it shares with other sites.
+        own = [name for name in latents if not isinstance(guide_sites[name]["fn"], dist.Delta)]
+
+        def grouped(total: Tensor, trace: poutine.Trace) -> Tensor:
+            """The sum of each of the sites in `own`, and last what is left of the total."""
+            alone = [torch.as_tensor(trace.nodes[name]["log_prob_sum"]) for name in own]
+            return torch.stack([*alone, total - sum(alone)])
+
+        def terms(particle: Particle) -> dict[str, Tensor]:
+            log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            prior = torch.stack([torch.as_tensor(particle.model.nodes[n]["log_prob_sum"]) for n in latents]).sum()
+            kl = grouped(log_q, particle.guide) - grouped(prior, particle.model)
+            result = {"elbo": (log_p - log_q).detach(), "likelihood": log_p - prior, "kl": kl, "value": kl.detach()}
+            if self.path_gradient:
+                again = program.rescored(particle, args, kwargs)
+                result["kl"] = kl - grouped(log_prob_sum(again), again)
+            return result
+
+        result = {name: value.mean(0) for name, value in program.map(terms, draws, args, kwargs).items()}
+        divergence = result["kl"].sum()
+        if self.free_bits:
+            plate = local_plate(structure.particle)
+            size = 1 if plate is None else plate.full_size or plate.size
+            divergence = torch.where(result["value"] > size * self.free_bits, result["kl"], 0.0).sum()
+        if self._temperature is not None:
+            divergence = self._temperature * divergence
+        return result["elbo"], result["likelihood"] - divergence
 
 
 class IWELBO(ELBO):
