@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor, nn
 
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
-from pyro_nf.flows import ElementwiseAffine, Sequential
+from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
 from pyro_nf.guides.bases import NormalBase
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents, has_rows
 from pyro_nf.supports import bijection
@@ -47,6 +47,9 @@ class AmortizedFlow(AnySizeGuide):
     affine layer gives each coordinate a location and a scale linear in the context, and starts as the identity, like
     the flow. The plate may be subsampled, and the minibatch may have any size, changing from call to call.
 
+    `affine="first"` is `flow(affine(base; c_n); c_n)`, the order of the literature on variational autoencoders. Flows
+    that only rotate, such as `"householder"`, need it: a standard normal they leave as it is.
+
     Global latents next to the local ones: `StructuredFlow`.
 
     Args:
@@ -55,14 +58,17 @@ class AmortizedFlow(AnySizeGuide):
             names, to the contexts, `(batch, width)`. A tensor whose first dimension is the plate's full size is given
             to it restricted to the subsample.
         flow: A name (`pyro_nf.flows.stacks.names()`), a `Flow` over the coordinates of one datum with `context_dim`
-            the encoder's width, or a picklable factory `(dim, context_dim=width) -> Flow`.
+            the encoder's width, or a picklable factory `(dim, context_dim=width) -> Flow`. `None` for the affine layer
+            alone, the mean-field normal.
+        affine: Whether the affine layer comes after the flow, "last", or before it, "first".
         create_plates: Makes the plate from the model's arguments, where the model gets its indices from them, as in
             `lambda x, rows: pyro.plate("data", len(x), subsample=rows)`.
 
     Raises:
-        ValueError: If the encoder is no module; on the first call, if the model has no continuous latents or discrete
-            ones, if they do not stand in one plate, if its indices are arguments and there is no `create_plates`, or
-            if the encoder's width is not the flow's `context_dim`; if the encoder returns no context for a datum.
+        ValueError: If the encoder is no module, or `affine` neither order; on the first call, if the model has no
+            continuous latents or discrete ones, if they do not stand in one plate, if its indices are arguments and
+            there is no `create_plates`, or if the encoder's width is not the flow's `context_dim`; if the encoder
+            returns no context for a datum.
 
     Example:
         >>> import pyro
@@ -82,15 +88,20 @@ class AmortizedFlow(AnySizeGuide):
         self,
         model: Callable[..., Any],
         encoder: nn.Module,
-        flow: FlowLike = "realnvp",
+        flow: FlowLike | None = "realnvp",
         *,
+        affine: Literal["last", "first"] = "last",
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         check_encoder(encoder)
-        check_flow_like(flow)
+        if affine not in ("last", "first"):
+            raise ValueError(f"affine must be 'last' or 'first'; got {affine!r}")
+        if flow is not None:
+            check_flow_like(flow)
         super().__init__(model, create_plates)
         self.encoder = encoder
-        self._make_flow = partial(build_flow, flow)
+        self._affine_is_first = affine == "first"
+        self._make_flow = None if flow is None else partial(build_flow, flow)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every local latent, in the model's plate."""
@@ -140,9 +151,12 @@ class AmortizedFlow(AnySizeGuide):
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"encoder fails on the model's arguments: {str(error).splitlines()[0]}") from error
         dim = sum(shape.numel() for shape in self._event_shapes)
-        inner = self._make_flow(dim, context_dim=width)
-        _check_width(inner.context_dim or width, width)
-        self._set_flow(Sequential(inner, ElementwiseAffine(dim, width)).to(like), NormalBase(dim).to(like))
+        layers: list[Flow] = [ElementwiseAffine(dim, width)]
+        if self._make_flow is not None:
+            inner = self._make_flow(dim, context_dim=width)
+            _check_width(inner.context_dim or width, width)
+            layers.insert(len(layers) if self._affine_is_first else 0, inner)
+        self._set_flow(Sequential(*layers).to(like), NormalBase(dim).to(like))
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         return self._encode(args, kwargs)

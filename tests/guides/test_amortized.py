@@ -42,6 +42,34 @@ def test_the_exact_posterior_is_found_from_minibatches(name):
     assert torch.allclose(draws.std(0), torch.full((40, 2), 0.5**0.5), atol=0.1)
 
 
+def test_without_a_flow_it_is_the_mean_field_guide():
+    guide = AmortizedFlow(local, MLP(2, (), 2), None)
+    guide(DATA)
+    for param in guide.flow.parameters():
+        param.data.normal_()
+    posterior = guide.get_posterior(DATA)
+    points = torch.randn(2, 40, 2)
+    base = dist.Normal(*_loc_and_scale(guide, posterior)).to_event(1)
+    assert torch.allclose(posterior.log_prob(points), base.log_prob(points), atol=1e-4)
+
+
+def _loc_and_scale(guide, posterior):
+    (affine,) = guide.flow.flows
+    loc, _ = affine.forward_and_log_det(torch.zeros(40, 2), posterior.context)
+    return loc, affine.forward_and_log_det(torch.ones(40, 2), posterior.context)[0] - loc
+
+
+@pytest.mark.parametrize(("affine", "correlates"), [("last", False), ("first", True)])
+def test_a_rotation_adds_to_an_affine_layer_that_comes_first_and_nothing_to_one_that_comes_last(affine, correlates):
+    guide = AmortizedFlow(local, MLP(2, (), 2), "householder", affine=affine)
+    guide(DATA)
+    for param in guide.flow.parameters():
+        param.data.normal_()
+    draws = guide.sample_posterior(4000, DATA)["z"]
+    correlation = torch.stack([draws[:, n].T.corrcoef()[0, 1] for n in range(len(DATA))])
+    assert bool((correlation.abs() > 0.5).any()) == correlates
+
+
 def test_any_minibatch_size():
     guide = AmortizedFlow(local, MLP(2, (8,), 4))
     svi = SVI(local, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
@@ -242,6 +270,8 @@ def test_bad_input_gets_a_sentence():
         guide(DATA[:7])
     with pytest.raises(ValueError, match="flow must be one of"):
         AmortizedFlow(local, MLP(2, (), 4), "spiral")
+    with pytest.raises(ValueError, match="affine must be 'last' or 'first'; got 'middle'"):
+        AmortizedFlow(local, MLP(2, (), 4), affine="middle")
 
     def mixed(x):
         w = pyro.sample("w", dist.Normal(0.0, 1.0))
