@@ -2,17 +2,28 @@
 
 from pyro_nf.models import eight_schools, fertility, hard_posteriors, motorcycle, posteriordb
 from pyro_nf.models.digits import Digits, load_digits
-from pyro_nf.models.dlgm import DLGM, bernoulli_likelihood, normal_likelihood
+from pyro_nf.models.dlgm import DLGM, VAE
+from pyro_nf.models.likelihoods import (
+    BernoulliLikelihood,
+    CategoricalLikelihood,
+    Likelihood,
+    LogisticMixtureLikelihood,
+    NormalLikelihood,
+)
 
 __all__ = [
     "DLGM",
+    "VAE",
+    "BernoulliLikelihood",
+    "CategoricalLikelihood",
     "Digits",
-    "bernoulli_likelihood",
+    "Likelihood",
+    "LogisticMixtureLikelihood",
+    "NormalLikelihood",
     "eight_schools",
     "fertility",
     "hard_posteriors",
     "load_digits",
     "motorcycle",
-    "normal_likelihood",
     "posteriordb",
 ]
