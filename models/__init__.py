@@ -3,6 +3,17 @@
 from pyro_nf.models import eight_schools, fertility, hard_posteriors, motorcycle, posteriordb
 from pyro_nf.models.digits import Digits, load_digits
 from pyro_nf.models.dlgm import DLGM, VAE
+from pyro_nf.models.images import (
+    Images,
+    Resampled,
+    binarize,
+    dequantize,
+    load_caltech_silhouettes,
+    load_frey_faces,
+    load_mnist,
+    load_omniglot,
+    load_static_mnist,
+)
 from pyro_nf.models.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -17,13 +28,22 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "Digits",
+    "Images",
     "Likelihood",
     "LogisticMixtureLikelihood",
     "NormalLikelihood",
+    "Resampled",
+    "binarize",
+    "dequantize",
     "eight_schools",
     "fertility",
     "hard_posteriors",
+    "load_caltech_silhouettes",
     "load_digits",
+    "load_frey_faces",
+    "load_mnist",
+    "load_omniglot",
+    "load_static_mnist",
     "motorcycle",
     "posteriordb",
 ]
