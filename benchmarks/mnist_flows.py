@@ -201,6 +201,7 @@ def show(records):
         validation=("validation ELBO", "mean"),
         epochs=("epochs run", "mean"),
         seconds=("s/epoch", "median"),
+        ran=("ran", "first"),
         parameters=("parameters", "first"),
     ).sort_values("log_p")
     by_seed = table.pivot(index="family", columns="seed", values="log p").dropna()
