@@ -1,11 +1,11 @@
-# make demo: the main job on real data.   make test: all tests but slow and gpu.
+# make demo: the main job on real data.   make test: all tests but slow and gpu.   make docs: the site, in build/docs.
 # Both create .venv on first use; PYTHON names the interpreter to make it with.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
-.PHONY: env demo test slow gpu lint clean
+.PHONY: env demo test notebooks tutorials docs links slow gpu lint clean
 
 env: $(STAMP)
 
@@ -21,6 +21,22 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/pytest -m "not slow and not gpu" tests
 	$(BIN)/pytest --doctest-modules --pyargs pyro_nf
+
+# Every cell of the tutorials, with fits of a few steps.
+notebooks: $(STAMP)
+	PYTHONSTARTUP=$(CURDIR)/tests/few_steps.py $(BIN)/pytest --nbmake tutorials
+
+# The tutorials' notebooks from their sources, run in earnest: some minutes.
+tutorials: $(STAMP)
+	cd tutorials && ../$(BIN)/jupytext --quiet --to ipynb [0-9]_*.py
+	cd tutorials && ../$(BIN)/jupyter execute --inplace --timeout=1800 [0-9]_*.ipynb
+
+docs: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+# Asks every site that the pages link to: needs a network.
+links: $(STAMP)
+	$(BIN)/sphinx-build -q -W --keep-going -b linkcheck docs build/links
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow tests

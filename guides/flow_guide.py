@@ -252,7 +252,7 @@ class FlowGuide(AutoGuide):
             **kwargs: The model's keyword arguments.
 
         Returns:
-            `{site: (*levels, *shape)}`, in the order of the levels.
+            Quantiles of each site, `(*levels, *shape)`, in the order of the levels.
 
         Raises:
             ValueError: If a level is not between 0 and 1.

@@ -49,7 +49,7 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         posterior: With reference draws.
 
     Returns:
-        `{"shift": (dim,), "spread": (dim,)}`.
+        The scores `"shift"` and `"spread"`, `(dim,)` each.
 
     Raises:
         ValueError: If there are no reference draws.

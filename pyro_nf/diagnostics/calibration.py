@@ -113,7 +113,7 @@ def calibrate(
         **kwargs: The model's keyword arguments.
 
     Returns:
-        Ranks, tests and a verdict: `print` it. A simulation that fails is counted there and named.
+        Ranks, tests and a verdict to `print`. A simulation that fails is counted there and named.
 
     Raises:
         ValueError: If a number is too small, a plate is subsampled, the model cannot be simulated, a parameter of it

@@ -48,7 +48,7 @@ def compare(fits: Mapping[str, Fit], **options: Any) -> pd.DataFrame:
         **options: Those of `diagnose`: `num_samples`, `num_sets`, `num_starts`.
 
     Returns:
-        A row for each fit: `gap`, `elbo`, `log_evidence`, `log_evidence_se`, `khat`, `ess_fraction`, `seconds`,
+        A row for each fit, with `gap`, `elbo`, `log_evidence`, `log_evidence_se`, `khat`, `ess_fraction`, `seconds`,
         `converged`, `reliable`, `reasons`.
 
     Raises:

@@ -94,9 +94,9 @@ class SLog(Flow):
     flow starts: alpha > 0 makes tails lighter, alpha < 0 heavier. With `u = alpha |x|`, the terms of `log_det` are
     `-log(1 + u)` for alpha > 0 and `-u` for alpha < 0. Both directions cost O(dim).
 
-    |alpha| is softly bounded by 1. A sharper gate is this one between two scalings, because the gate of `k alpha` at x
-    is the gate of `alpha` at `k x`, over k. Beware that one of the directions is exponential: at a distance x, it
-    overflows for |alpha x| > 88 in float32 and 709 in float64, its gradients a little before.
+    `|alpha|` is softly bounded by 1. A sharper gate is this one between two scalings, because the gate of `k alpha` at
+    x is the gate of `alpha` at `k x`, over k. Beware that one of the directions is exponential: at a distance x, it
+    overflows for `|alpha x| > 88` in float32 and 709 in float64, its gradients a little before.
 
     Args:
         dim: Number of coordinates.

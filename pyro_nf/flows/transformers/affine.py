@@ -32,7 +32,7 @@ class Affine:
     r"""`y = shift + exp(s) x`, with s softly bounded.
 
     Args:
-        bound: Bound of |s|; the default lets one layer scale by e^5 = 148 either way.
+        bound: Bound of `|s|`; the default lets one layer scale by e^5 = 148 either way.
 
     References:
         Dinh, Sohl-Dickstein, Bengio (2016), "Density estimation using Real NVP", arXiv:1605.08803, equation 4.
@@ -64,7 +64,7 @@ class Gated:
 
     Args:
         forget_bias: How far the gate is open at first.
-        bound: Bound of |s|.
+        bound: Bound of `|s|`.
 
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever, Welling (2016), "Improving variational inference with inverse
