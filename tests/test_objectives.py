@@ -221,6 +221,12 @@ def test_the_bound_of_minibatches_is_scaled_up():
     assert values[0] == pytest.approx(values[1], abs=0.15)
 
 
+def test_a_fit_maximises_an_importance_weighted_bound(float64):
+    options = {"num_particles": 16, "learning_rate": 0.05, "max_steps": 400, "compile": False}
+    svi = FlowSVI(gaussian, AutoMultivariateNormal(gaussian), objective=IWELBO(4), seed=0, progress=False, **options)
+    assert svi.run().elbo > -0.05
+
+
 def test_what_an_importance_weighted_bound_cannot_take_is_said():
     guide = AutoFlow(gaussian, base="mixture")
     with pytest.raises(ValueError, match=r"IWELBO takes guides with reparametrised draws; those of .*_component"):

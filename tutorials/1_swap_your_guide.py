@@ -105,11 +105,10 @@ print(diagnose(model, mean_field, sigma, effect))
 # ## Swap it
 #
 # `AutoFlow` is a drop-in replacement: a guide over the same latents, with a normalizing flow between a simple
-# base and the posterior. It starts as the mean-field guide that it replaces. The Student-t base is a good
-# choice for hierarchical models, where the neck of a funnel lies far out in the tail.
+# base and the posterior. Nothing else changes.
 
 # %%
-flow = AutoFlow(model, base="student_t")
+flow = AutoFlow(model)
 flow_result = FlowSVI(model, flow, seed=0, progress=False).run(sigma, effect)
 print(flow_result)
 print(diagnose(model, flow, sigma, effect))
