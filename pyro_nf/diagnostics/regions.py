@@ -11,7 +11,7 @@ from pyro_nf.density import Density
 from pyro_nf.modes import Mode, distance
 
 _NUM_DRAWS = 2000
-# Regions with less of the evidence than this are not looked at.
+# Regions with less of the evidence than this do not count.
 _NEGLIGIBLE = 0.01
 # Modes with so much less evidence than all that the guide covers, in nats, do not matter, however many.
 _LEAST_EVIDENCE = 30.0
@@ -53,9 +53,8 @@ def regions(density: Density, modes: list[Mode], points: Tensor, log_evidence: f
         points: The guide's draws, `(n, dim)`.
         log_evidence: As the guide's weights estimate it.
     """
-    # A mode whose normal has hardly any evidence has hardly any in its inner half.
-    heavy = [mode for mode in modes if mode.elbo > log_evidence + math.log(_NEGLIGIBLE) - 3]
-    return [_region(density, mode, points, log_evidence) for mode in heavy]
+    # Every mode: the normal at one that is bent has next to no ELBO, and maybe half of the evidence in its inner half.
+    return [_region(density, mode, points, log_evidence) for mode in modes]
 
 
 def num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:

@@ -86,6 +86,18 @@ def test_a_missed_mode_is_found_by_climbs_alone():
     assert diagnose(two_modes, both).reliable
 
 
+def test_a_missed_mode_that_is_bent_is_found_too():
+    def crescents():
+        z = pyro.sample("z", dist.Normal(0.0, 10.0).expand([2]).to_event(1).mask(False))
+        sides = torch.stack([-0.5 * ((z[0] - 2) / 0.6) ** 2, -0.5 * ((z[0] + 2) / 0.6) ** 2]).logsumexp(0)
+        pyro.factor("ring", sides - 0.5 * ((z.square().sum().sqrt() - 2) / 0.4) ** 2)
+
+    def right():
+        pyro.sample("z", dist.Normal(torch.tensor([1.8, 0.0]), torch.tensor([0.4, 0.8])).to_event(1))
+
+    assert 0.3 < diagnose(crescents, right).left_out < 1.0
+
+
 def test_weights_that_are_flat_outvote_khat_and_it_is_said():
     generator = torch.Generator().manual_seed(0)
     log_weights = 1e-2 * torch.randn(1, 10_000, generator=generator).double()
