@@ -128,13 +128,13 @@ _ = plot_elbo(flow_result)
 # ## Look at the funnel
 
 # %%
-flow_draws = flow.sample_posterior(4000)
+flow_data = to_arviz(model, flow, sigma, effect, result=flow_result)
 figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharex=True, sharey=True, layout="constrained")
 heights = np.sort(exact.density.numpy().ravel())[::-1]
 held = np.cumsum(heights) / heights.sum()
 levels = sorted(heights[np.searchsorted(held, share)] for share in (0.5, 0.8, 0.95, 0.99))
-draws = {"mean-field": mean_field_data["posterior"], "flow": flow_draws}
-for axis, (title, each) in zip(axes, draws.items(), strict=True):
+for axis, (title, data) in zip(axes, {"mean-field": mean_field_data, "flow": flow_data}.items(), strict=True):
+    each = data["posterior"]
     axis.scatter(each["mu"], np.log(each["tau"]), s=3, alpha=0.4, color="C1", linewidths=0)
     axis.contour(exact.mu, exact.log_tau, exact.density.T, levels=levels, colors="k", linewidths=0.7)
     axis.set(title=title, xlabel=r"$\mu$", xlim=(-10, 20), ylim=(-4.5, 4))
@@ -151,7 +151,7 @@ _ = axes[0].set_ylabel(r"$\log\,\tau$")
 # %%
 corrected = corrected_posterior(model, flow, sigma, effect)
 print(corrected)
-rows["flow"] = moments(flow_draws)
+rows["flow"] = moments(flow_data["posterior"])
 rows["flow, corrected"] = moments(corrected.draws)
 pd.DataFrame(rows).T.loc[["mean-field", "flow", "flow, corrected", "exact"]]
 
@@ -169,15 +169,14 @@ except ValueError as error:
 # place.
 
 # %%
-idata = to_arviz(model, flow, sigma, effect, result=flow_result)
-az.summary(idata, kind="stats", var_names=["mu", "tau", "theta"])
+az.summary(flow_data, kind="stats", var_names=["mu", "tau", "theta"])
 
 # %% [markdown]
 # The eight effects are close to each other and wide: with so little data most of what looks like a difference
 # between schools is noise. That is the textbook's answer, and the one that the mean-field guide missed.
 
 # %%
-_ = plot_pairs({"mean-field": to_arviz(model, mean_field, sigma, effect), "flow": idata}, ["mu", "tau", "theta[0]"])
+_ = plot_pairs({"mean-field": to_arviz(model, mean_field, sigma, effect), "flow": flow_data}, ["mu", "tau", "theta[0]"])
 
 # %% [markdown]
 # ## What to take away
