@@ -1,8 +1,18 @@
 """Models and data to start from. A model knows nothing of its posterior's family."""
 
-from pyro_nf.models import eight_schools, fertility, hard_posteriors, motorcycle, posteriordb
+from pyro_nf.models import (
+    eight_schools,
+    energies,
+    fertility,
+    hard_posteriors,
+    imputation,
+    motorcycle,
+    posteriordb,
+    tables,
+)
 from pyro_nf.models.digits import Digits, load_digits
 from pyro_nf.models.dlgm import DLGM, VAE
+from pyro_nf.models.hivae import HIVAE, TableEncoder
 from pyro_nf.models.images import (
     Images,
     Resampled,
@@ -24,6 +34,7 @@ from pyro_nf.models.likelihoods import (
 
 __all__ = [
     "DLGM",
+    "HIVAE",
     "VAE",
     "BernoulliLikelihood",
     "CategoricalLikelihood",
@@ -33,11 +44,14 @@ __all__ = [
     "LogisticMixtureLikelihood",
     "NormalLikelihood",
     "Resampled",
+    "TableEncoder",
     "binarize",
     "dequantize",
     "eight_schools",
+    "energies",
     "fertility",
     "hard_posteriors",
+    "imputation",
     "load_caltech_silhouettes",
     "load_digits",
     "load_frey_faces",
@@ -46,4 +60,5 @@ __all__ = [
     "load_static_mnist",
     "motorcycle",
     "posteriordb",
+    "tables",
 ]
