@@ -213,8 +213,8 @@ def draw_sine(records, folder):
     for mode in (0.6, 1.2, 1.8):
         left.plot(times, np.sin(2 * np.pi * mode * times), label=f"f = {mode}")
     left.plot(t, y, "kx", markersize=9)
-    left.set(xlabel="t", ylabel="sin(2 pi f t)", title="three of the sines through the data")
-    left.legend(loc="lower left")
+    left.set(xlabel="t", ylabel="sin(2 pi f t)", title="three of the sines through the data", ylim=(-1.6, 1.2))
+    left.legend(loc="lower center", ncols=3)
     right.fill_between(frequency, exact.density.numpy(), color="0.85", label="exact")
     for record in shown:
         found = np.load(density_file(folder, key_of(record)))

@@ -9,7 +9,7 @@ inverse autoregressive flow as posterior; `missing flow`, that with columns that
 MADE's masks. The last three have one budget: minibatches of 128 rows, one draw each, Adam at 0.005, `--steps` steps;
 ten components, z of 10, y_d of 5, an encoder of 64 units.
 
-Errors are HI-VAE's: NRMSE of numbers, share of wrong classes, displacement of ordinals over the number of classes,
+Predictions are over 25 draws of the posterior. Errors are HI-VAE's: NRMSE of numbers, share of wrong classes, displacement of ordinals over the number of classes,
 each averaged over the columns of the kind; `all` over all columns. Numbers are filled in by their predictive mean
 (`mean`) or the mean of the likelihood's modes (`mode`). `nats` is the mean log predictive density of a held-out
 entry, higher is better.
@@ -46,6 +46,7 @@ IAF = partial(stacks.make, "iaf", depth=2)
 METHODS = {"HI-VAE": (ElementwiseAffine, False), "HI-VAE + IAF": (IAF, False), "missing flow": (IAF, True)}
 BATCH = 128
 CONTEXT = 64
+DRAWS = 25
 
 
 def fit(table, method, seed, steps):
@@ -88,7 +89,7 @@ def run(job):
         return {**record, "mean": imputation.errors(table, filled), "mode": imputation.errors(table, filled)}
     model, guide, said = fit(table, method, seed, steps)
     torch.manual_seed(seed)
-    found = imputation.impute(model, guide, table)
+    found = imputation.impute(model, guide, table, num_samples=DRAWS)
     return {
         **record,
         **said,
@@ -104,9 +105,10 @@ def key_of(record):
 
 def by_kind(records):
     """Return a line for each fit: errors of each kind of column."""
+    columns_of = {name: tables.load(name, 10).columns for name in {record["table"] for record in records}}
     lines = []
     for record in records:
-        columns = tables.load(record["table"], record["percent"]).columns
+        columns = columns_of[record["table"]]
         line = {name: record[name] for name in ("table", "percent", "method", "seed")}
         line["nats"] = record.get("nats")
         line.update(imputation.error_by_kind(columns, record["mean"]))
@@ -129,18 +131,20 @@ def show(lines):
 def draw(lines, folder):
     """Draw errors and log predictive densities against the part that is missing."""
     names = list(lines["table"].unique())
+    methods = [BASELINE, *METHODS]
+    percents = sorted(lines["percent"].unique())
     figure, axes = plt.subplots(2, len(names), figsize=(4.2 * len(names), 6.4), squeeze=False, layout="constrained")
     for column, name in zip(axes.T, names, strict=True):
         for axis, what in zip(column, ("all", "nats"), strict=True):
             part = lines[(lines["table"] == name) & lines[what].notna()]
-            for number, (method, fits) in enumerate(part.groupby("method", sort=False)):
-                # A little aside, so that no spread hides another.
-                at = fits["percent"].unique() + 0.4 * (number - 1)
-                groups = fits.groupby("percent", sort=False)[what]
+            for method, fits in part.groupby("method", sort=False):
+                groups = fits.groupby("percent")[what]
                 mean, low, high = groups.mean(), groups.min(), groups.max()
-                color = "0.5" if method == BASELINE else f"C{list(METHODS).index(method)}"
-                errors = [mean - low, high - mean]
-                axis.errorbar(at, mean, errors, label=method, marker="o", capsize=2, color=color)
+                # A little aside, so that no spread hides another.
+                at = mean.index + 0.5 * (methods.index(method) - 1.5)
+                color = "0.5" if method == BASELINE else f"C{methods.index(method) - 1}"
+                axis.errorbar(at, mean, [mean - low, high - mean], label=method, marker="o", capsize=2, color=color)
+            axis.set(xticks=percents, xlim=(percents[0] - 5, percents[-1] + 5))
         column[0].set(title=name, ylabel="mean error of a column")
         column[1].set(xlabel="% missing", ylabel="nats per held-out entry")
         column[0].set_ylim(bottom=0)
