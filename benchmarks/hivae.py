@@ -9,10 +9,10 @@ inverse autoregressive flow as posterior; `missing flow`, that with columns that
 MADE's masks. The last three have one budget: minibatches of 128 rows, one draw each, Adam at 0.005, `--steps` steps;
 ten components, z of 10, y_d of 5, an encoder of 64 units.
 
-Predictions are over 25 draws of the posterior. Errors are HI-VAE's: NRMSE of numbers, share of wrong classes, displacement of ordinals over the number of classes,
-each averaged over the columns of the kind; `all` over all columns. Numbers are filled in by their predictive mean
-(`mean`) or the mean of the likelihood's modes (`mode`). `nats` is the mean log predictive density of a held-out
-entry, higher is better.
+Predictions are over 25 draws of the posterior. Errors are HI-VAE's: NRMSE of numbers, share of wrong classes,
+displacement of ordinals over the number of classes, each averaged over the columns of the kind; `all` over all
+columns. Numbers are filled in by their predictive mean; `all, mode` is with the mean of the likelihood's modes
+instead. `nats` is the mean log predictive density of a held-out entry, higher is better.
 
 `--out` gets results.jsonl, from which a run goes on where the last one stopped, and errors.png. The data are read from
 the folder `hivae` of `PYRO_NF_DATA`, or downloaded. Each process has one thread.
