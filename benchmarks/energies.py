@@ -11,8 +11,8 @@ the total variation distance on a grid of 200 x 200, `outside` what the density 
 the exact one has.
 
 The sine's frequency has a posterior with three modes, and half a one at 0. `naf` (two deep sigmoidal flows of 24
-units, twice the steps, annealed over four fifths of them) is fitted beside `iaf`, whose steps are affine in one dimension; `shares`
-are those of the four.
+units; twice the steps, annealed over four fifths of them) is fitted beside `iaf`, whose steps are affine in one
+dimension; `shares` are those of the four.
 
 `--out` gets results.jsonl, from which a run goes on where the last one stopped, the densities, and two figures:
 energies.png, after figure 3 of the paper (the first seed), and sine.png. Each process has one thread.
