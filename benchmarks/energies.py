@@ -1,7 +1,7 @@
 """Flows on the four energies of Rezende & Mohamed, and neural autoregressive flow on the frequency of a sine.
 
 python benchmarks/energies.py [--potentials U1 U2 U3 U4] [--flows planar ...] [--lengths 2 8 32] [--seeds 3]
-    [--steps 3000] [--processes 1] [--out energies]
+    [--steps 2000] [--processes 1] [--out energies]
 
 Each energy is the model `partial(energies.energy, U)` on [-4, 4]^2, whose evidence is Z; z has the square as its
 support, so a flow's density is zero outside. Every fit is `FlowSVI` of an `AutoFlow` over K steps of a flow from a
@@ -231,7 +231,7 @@ def main():
     parser.add_argument("--flows", nargs="+", choices=list(FLOWS), default=list(FLOWS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[2, 8, 32])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("energies"))
     options = parser.parse_args()
