@@ -11,7 +11,7 @@ the total variation distance on a grid of 200 x 200, `outside` what the density 
 the exact one has.
 
 The sine's frequency has a posterior with three modes, and half a one at 0. `naf` (two deep sigmoidal flows of 24
-units; twice the steps, annealed over four fifths of them) is fitted beside `iaf`, whose steps are affine in one
+units; four times the steps, annealed over four fifths of them) is fitted beside `iaf`, whose steps are affine in one
 dimension; `shares` are those of the four.
 
 `--out` gets results.jsonl, from which a run goes on where the last one stopped, the densities, and two figures:
@@ -116,7 +116,7 @@ def run_energy(potential, flow, length, seed, steps):
 def run_sine(flow, seed, steps):
     """Fit a flow to the sine's frequency and return its record and its density on the grid."""
     data = energies.sine_data()
-    guide, record = fit(energies.sine, SINE_FLOWS[flow], data, seed, 2 * steps, 8 * steps // 5, learning_rate=0.003)
+    guide, record = fit(energies.sine, SINE_FLOWS[flow], data, seed, 4 * steps, 16 * steps // 5, learning_rate=0.003)
     exact = energies.sine_grid(*data)
     found = density(guide, "f", exact.points[:, 0, None], data)
     draws = guide.sample_posterior(DRAWS, *data)["f"]
