@@ -56,9 +56,14 @@ def peer(make_guide, posterior, seed):
     guide = make_guide(posterior.model)
     svi = SVI(posterior.model, guide, Adam({"lr": 0.01}), Trace_ELBO())
     start, steps = time.perf_counter(), 0
-    while time.perf_counter() - start < PEER_SECONDS:
-        svi.step(*posterior.args)
-        steps += 1
+    # Pyro makes its guides' networks in the default dtype; the data are in float64.
+    torch.set_default_dtype(torch.float64)
+    try:
+        while time.perf_counter() - start < PEER_SECONDS:
+            svi.step(*posterior.args)
+            steps += 1
+    finally:
+        torch.set_default_dtype(torch.float32)
     return guide, {"steps": steps, "stages": "", "converged": False}
 
 
