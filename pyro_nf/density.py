@@ -14,6 +14,8 @@ from pyro_nf.coordinates import LogDensity
 
 # Points that are computed at once: as many as keep each operation's numbers in the processor's cache, within bounds.
 _MAX_POINTS, _MIN_POINTS, _CACHED_NUMBERS = 128, 16, 2**17
+# Points whose values alone are computed at once: nothing is kept for a gradient, and Python is the cost of few.
+_MAX_VALUES, _HELD_NUMBERS = 1000, 2**19
 # Coordinates from which on a matrix of theirs, and so each point, may cost more than all else.
 _MANY_COORDINATES = 256
 # Operations from which on TorchScript, which takes a while to make, is faster over some hundred calls.
@@ -44,13 +46,21 @@ class Density:
         self.log_density = log_density
         self.vectorized, self.work, self.is_long = True, 0, False
         self.size = max(_MIN_POINTS, min(_MAX_POINTS, _CACHED_NUMBERS // max(num_numbers, 1)))
+        self._num_values = max(self.size, min(_MAX_VALUES, _HELD_NUMBERS // max(num_numbers, 1)))
         self._single = torch.func.grad_and_value(log_density)
         self._batch: Gradients | None = None
         self._graph: GraphModule | None = None
 
+    @torch.no_grad()
     def values(self, points: Tensor) -> Tensor:
         """Return the log density at `(num_points, dim)`, `(num_points,)`."""
-        return self.gradients(points)[1]
+        if len(points) <= self.size or not self.vectorized:
+            return self.gradients(points)[1]
+        if self._batch is None:
+            self.gradients(points[:1])  # which says whether they can be batched
+            return self.values(points)
+        value = torch.func.vmap(self.log_density, randomness="different")
+        return torch.cat([value(part) for part in points.split(self._num_values)])
 
     @torch.no_grad()
     def gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,11 +83,11 @@ def posteriordb(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [str(page) for page in PAGES if blocks(str(page))])
 @pytest.mark.usefixtures("few_steps", "posteriordb")
 @pytest.mark.filterwarnings("ignore:k-hat is above:UserWarning", "ignore::DeprecationWarning")  # of no fit; ArviZ's
-def test_a_page_of_the_documentation(page, run, monkeypatch):
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("Agg")
+def test_a_page_of_the_documentation(page, run):
+    pytest.importorskip("matplotlib").use("Agg")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
     run(page, [block for block in blocks(page) if not any(f"import {name}" in block for name in FOREIGN)])
-    matplotlib.pyplot.close("all")
+    pyplot.close("all")
 
 
 @pytest.mark.parametrize("library", FOREIGN)
