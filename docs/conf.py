@@ -55,7 +55,7 @@ def _copy_tutorials() -> None:
     folder = HERE / "tutorials"
     folder.mkdir(exist_ok=True)
     for notebook in (HERE.parent / "tutorials").glob("*.ipynb"):
-        text = notebook.read_text().replace("](../docs/", "](../")
+        text = notebook.read_text().replace("](../docs/", "](../").replace("](../CONTRIBUTING.md", "](../contributing.md")
         copy = folder / notebook.name
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)
