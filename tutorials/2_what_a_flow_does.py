@@ -96,7 +96,7 @@ for axis, (name, energy) in zip(axes, energies.items(), strict=True):
     axis.set_title(f"{name}: log Z = {log_constants[name]:.3f}")
 
 # %% [markdown]
-# ## A first fit, and what it misses
+# ## A first fit
 #
 # `AutoFlow` and `FlowSVI` as they come, on the ring. `KL` below is the divergence from guide to target, log Z
 # less the ELBO, and `log Z error` is by how much the guide's importance weights miss the known constant.
@@ -131,13 +131,17 @@ pd.DataFrame({"default": measure("ring", default)}).T
 print(diagnose(model, default, ring))
 
 # %% [markdown]
+# The default holds both halves. The draws between them are what is left of the normal: a flow stretches, and
+# cannot tear. Were the halves further apart, a guide could end in one of them with perfect weights, for weights
+# are of its own draws; that is why `diagnose` climbs the density from other points too.
+#
 # ## One kind of layer, more and more of it
 #
-# Two things help: to start wide (`init_scale`), and to raise the target slowly from flat to its full height
-# (`annealing_steps`), as Rezende and Mohamed did. Now to the flows. A planar layer, $f(x) = x + \hat u
-# \tanh(w^\top x + b)$, stretches or squeezes space along one direction: one layer can do next to nothing, and
-# the question is how many it takes. (It has no formula for its inverse, which the default gradient asks for;
-# the objective here goes without.)
+# Now to the flows, each by itself. Two things help a guide to find all of a target: to start wide
+# (`init_scale`), and to raise the target slowly from flat to its full height (`annealing_steps`), as Rezende and
+# Mohamed did. A planar layer, $f(x) = x + \hat u \tanh(w^\top x + b)$, stretches or squeezes space along one
+# direction: one layer can do next to nothing, and the question is how many it takes. (It has no formula for its
+# inverse, which the default gradient asks for; the objective here goes without.)
 
 
 # %%

@@ -111,7 +111,7 @@ table.groupby("guide", sort=False)[["ELBO", "log p(x)", "gap"]].agg(["mean", "st
 
 # %%
 model, guides = fits["mean-field", 0][0], {"mean-field": fits["mean-field", 0][1]}
-model.requires_grad_(False)
+model.requires_grad_(False).eval()  # Pyro asks for eval where parameters stay
 guides["flow"] = flow(model)
 options = {"num_particles": 4, "learning_rate": 3e-3, "max_steps": 2000, "seed": 0, "progress": False}
 FlowSVI(model, guides["flow"], **options).run(train, batch_size=100)

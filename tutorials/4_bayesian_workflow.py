@@ -170,7 +170,7 @@ normal_i, student_i = (loos[name].loo_i.values for name in ("varying slopes", "v
 order = np.argsort(normal_i - student_i)
 pd.DataFrame(
     {
-        "person": [sleep.index[person[i]] for i in order[:4]],
+        "person": [sleep.index[int(person[i])] for i in order[:4]],
         "day": [int(day[i]) for i in order[:4]],
         "reaction (ms)": [float(reaction[i]) for i in order[:4]],
         "normal": normal_i[order[:4]].round(1),

@@ -19,7 +19,7 @@ from pyro_nf.tracing import Program
 
 # A stage is good enough if its divergence from the posterior is below this, in nats, and its effective draws more than
 # this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.)
-_GOOD_GAP, _GOOD_ESS, _NUM_DRAWS, _CHUNK = 0.005, 0.96, 5000, 1000
+_GOOD_GAP, _GOOD_ESS, _NUM_DRAWS = 0.005, 0.96, 5000
 # Learning rate, most steps, and steps between evaluations of each stage. Coordinates in which the posterior is nearly
 # standard make rates universal; a flow's networks want a lower one.
 _PLAN = {"affine": (0.03, 400, 50), "flow": (0.006, 2000, 100), "flow, longer": (0.003, 4000, 200)}
@@ -65,6 +65,13 @@ class _Attempt(NamedTuple):
     seconds: float
 
 
+class _Known(NamedTuple):
+    """Points and the model's log density there."""
+
+    points: Tensor
+    log_p: Tensor
+
+
 def fit_in_stages(
     fit: Callable[[str, float, int, int, int], FitResult],
     program: Program,
@@ -107,7 +114,7 @@ def fit_in_stages(
             else:
                 rate, steps, eval_every = _PLAN[name]
                 result = fit(name, rate, min(steps, left), eval_every, number)
-            found = _measure(density, guide.get_posterior())
+            found, _ = _measure(density, guide.get_posterior())
             state = {key: value.clone() for key, value in guide.state_dict().items()}
             attempts.append(_Attempt(name, result, found, state, time.perf_counter() - start))
             kept.append(number == 0 or _elbo(found) >= _elbo(attempts[best].found))
@@ -157,11 +164,15 @@ def _with_tails(guide: Staged, density: Density, attempt: _Attempt) -> _Attempt 
     start = time.perf_counter()
     if attempt.found is None or not guide.widen(0.0):
         return None
-    # As often as tells k-hats apart, which scatter.
     tried: dict[float, WeightSummary] = {}
+    seed = int(torch.randint(2**31, ()))
+    known: _Known | None = None
     for share in (0.0, *_SHARES):
         guide.widen(share)
-        found = _measure(density, guide.get_posterior(), num_sets=_NUM_SETS)
+        # With the same noise for every share most draws are the same: k-hats compare, and few are evaluated.
+        torch.manual_seed(seed)
+        # As often as tells k-hats apart, which scatter.
+        found, known = _measure(density, guide.get_posterior(), num_sets=_NUM_SETS, known=known)
         if found is not None and found.elbo > tried.get(0.0, found).elbo - _PRICE:
             tried[share] = found
         if found is not None and found.khat < _LIGHT_TAIL:
@@ -228,13 +239,18 @@ def _is_good(found: WeightSummary | None) -> bool:
 
 
 @torch.no_grad()
-def _measure(density: Density, posterior: FlowDistribution, num_sets: int = 1) -> WeightSummary | None:
-    log_weights = []
-    for _ in range(num_sets * _NUM_DRAWS // _CHUNK):
-        points, log_q = posterior.rsample_and_log_prob((_CHUNK,))
-        log_weights.append(density.values(points).double() - log_q.double())
-    sets = torch.cat(log_weights).view(num_sets, _NUM_DRAWS)
-    return summarise(sets.cpu().numpy()) if bool(sets.isfinite().all()) else None
+def _measure(
+    density: Density, posterior: FlowDistribution, num_sets: int = 1, known: _Known | None = None
+) -> tuple[WeightSummary | None, _Known]:
+    """Weigh draws, and return them too; what is known of a draw is not evaluated again."""
+    points, log_q = posterior.rsample_and_log_prob((num_sets * _NUM_DRAWS,))
+    if known is None:
+        log_p = density.values(points)
+    else:
+        log_p, moved = known.log_p.clone(), (points != known.points).any(-1)
+        log_p[moved] = density.values(points[moved])
+    sets = (log_p.double() - log_q.double()).view(num_sets, _NUM_DRAWS)
+    return summarise(sets.cpu().numpy()) if bool(sets.isfinite().all()) else None, _Known(points, log_p)
 
 
 def _chained(results: list[FitResult]) -> Iterator[Evaluation]:
