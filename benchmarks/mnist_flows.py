@@ -9,9 +9,10 @@ have the same epochs, minibatches of 100, Adam at 5e-4 until two thirds of the e
 end, and a divergence that is phased in over the first fifth (`WarmUpELBO`); the gradient is the total one. From one
 seed all have the same initial encoder and decoder. Steps are FlowSVI's compiled ones, on data that live on the device.
 
-`ELBO` and `log p`, by `--samples` draws an image, are nats per test image: the bound on all 10,000, importance sampling
-on `--images` of them, evenly spaced. `gap` is log p less that of the family without flow, paired by seed; it is inside the
-noise if it is less than two standard errors, from the spread of such gaps over seeds, pooled over all families.
+`ELBO` and `log p`, by `--samples` draws an image, are nats per test image: the bound on all 10,000, importance
+sampling on `--images` of them, evenly spaced. `gap` is log p less that of the family without flow, paired by seed; it
+is inside the noise if it is less than two standard errors, from the spread of such gaps over seeds, pooled over all
+families.
 
 Fits that `--results` holds already are not done again, and one that was interrupted goes on from its last epoch (its
 state is kept beside the results). `--families` takes names, "cheap" (the default) or "all". Each process has one thread

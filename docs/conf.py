@@ -55,7 +55,8 @@ def _copy_tutorials() -> None:
     folder = HERE / "tutorials"
     folder.mkdir(exist_ok=True)
     for notebook in (HERE.parent / "tutorials").glob("*.ipynb"):
-        text = notebook.read_text().replace("](../docs/", "](../").replace("](../CONTRIBUTING.md", "](../contributing.md")
+        text = notebook.read_text().replace("](../CONTRIBUTING.md", "](../contributing.md")
+        text = text.replace("](../docs/", "](../")
         copy = folder / notebook.name
         if not copy.exists() or copy.read_text() != text:
             copy.write_text(text)

@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ _MANY_COORDINATES = 256
 _MANY_OPERATIONS = 1000
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
+# Those that are operations of their own, by their `id`.
+_long_densities: "weakref.WeakValueDictionary[int, Density]" = weakref.WeakValueDictionary()
 
 
 class Density:
@@ -77,7 +80,13 @@ class Density:
         return hessian
 
     def batch(self, num_points: int) -> Gradients:
-        """Return `gradients` for so many points as operations that can be recorded, differentiated and compiled."""
+        """Return `gradients` for so many points as operations that can be recorded and compiled.
+
+        A long density is a single operation: to record its thousands once more takes longer than many a fit.
+        """
+        if self.is_long:
+            _long_densities[id(self)] = self
+            return lambda points: _gradients(points, id(self))  # type: ignore[no-any-return]
         same_size = self._graph is not None and num_points == self.size
         return self._graph if same_size else torch.func.vmap(self._single)  # type: ignore[return-value]
 
@@ -112,6 +121,16 @@ class Density:
         self.is_long, self._graph = len(made) > _MANY_OPERATIONS, graph
         recorded: Gradients = scripted(graph, (points.clone(),)) if self.is_long else graph
         return recorded
+
+
+@torch.library.custom_op("pyro_nf::gradients", mutates_args=())
+def _gradients(points: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    return _long_densities[key].gradients(points)
+
+
+@_gradients.register_fake
+def _(points: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(points), points.new_empty(len(points))
 
 
 def scripted(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nf.density import Density, Together
 
@@ -48,9 +49,14 @@ def test_a_density_of_many_operations_is_the_same():
         return -x.square().sum()
 
     points = torch.randn(5, 2)
-    gradients, values = Density(long).gradients(points)
+    density = Density(long)
+    gradients, values = density.gradients(points)
     assert torch.allclose(values, torch.func.vmap(long)(points))
     assert torch.allclose(gradients, torch.func.vmap(torch.func.grad(long))(points))
+    assert density.is_long
+    recorded = make_fx(density.batch(5))(points)
+    assert len([node for node in recorded.graph.nodes if node.op == "call_function"]) < 10
+    assert all(map(torch.allclose, recorded(points), (gradients, values)))
 
 
 def test_threads_are_answered_together_and_may_leave():
