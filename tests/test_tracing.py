@@ -82,6 +82,19 @@ def test_normals_are_those_given(normals):
     torch.testing.assert_close(result["x"], draws.noise.view(4, 2, 3))
 
 
+@pytest.mark.filterwarnings("error")
+def test_counts_differ_between_particles():
+    def guide():
+        pyro.sample("x", dist.Delta(dist.Binomial(torch.full((3,), 45.0), 0.3).sample()).to_event(1))
+
+    def model():
+        pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+
+    result = run(Program(model, guide), lambda p: {"x": p.model.nodes["x"]["value"]}, 1000)
+    assert torch.allclose(result["x"].mean(0), torch.tensor(13.5), atol=0.5)
+    assert torch.allclose(result["x"].std(0), torch.tensor(3.07), atol=0.4)
+
+
 def test_a_number_of_draws_that_changes_is_refused():
     sizes = [2, 2, 3]
 
