@@ -5,14 +5,14 @@ python benchmarks/energies.py [--potentials U1 U2 U3 U4] [--flows planar ...] [-
 
 Each energy is the model `partial(energies.energy, U)` on [-4, 4]^2, whose evidence is Z; z has the square as its
 support, so a flow's density is zero outside. Every fit is `FlowSVI` of an `AutoFlow` over K steps of a flow from a
-standard normal, by one setting: 256 draws a step, Adam at 0.003, the energy annealed over the first four
-fifths of the steps. `KL` is KL(q || p) in nats, the grid's ln Z less the ELBO of 100,000 draws (`MCSE` its standard error), `TV`
-the total variation distance on a grid of 200 x 200, `outside` what the density has outside of the 99.9% region that
-the exact one has.
+standard normal, by one setting: 256 draws a step, Adam at 0.003, the energy annealed over the first four fifths of the
+steps. `KL` is KL(q || p) in nats, the grid's ln Z less the ELBO of 100,000 draws (`MCSE` its standard error), `TV` the
+total variation distance on a grid of 200 x 200, `outside` what the density has outside of the 99.9% region that the
+exact one has.
 
 The sine's frequency has a posterior with three modes, and half a one at 0. `naf` (two deep sigmoidal flows of 24
-units; four times the steps) is fitted beside `iaf`, whose steps are affine in one
-dimension; `shares` are those of the four.
+units; four times the steps) is fitted beside `iaf`, whose steps are affine in one dimension; `shares` are those of the
+four.
 
 `--out` gets results.jsonl, from which a run goes on where the last one stopped, the densities, and two figures:
 energies.png, after figure 3 of the paper (the first seed), and sine.png. Each process has one thread.
