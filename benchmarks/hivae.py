@@ -9,7 +9,7 @@ inverse autoregressive flow as posterior; `missing flow`, that with columns that
 MADE's masks. The last three have one budget: minibatches of 128 rows, one draw each, Adam at 0.005, `--steps` steps;
 ten components, z of 10, y_d of 5, an encoder of 64 units.
 
-Predictions are over 25 draws of the posterior. Errors are HI-VAE's: NRMSE of numbers, share of wrong classes,
+Predictions are over 10 draws of the posterior. Errors are HI-VAE's: NRMSE of numbers, share of wrong classes,
 displacement of ordinals over the number of classes, each averaged over the columns of the kind; `all` over all
 columns. Numbers are filled in by their predictive mean; `all, mode` is with the mean of the likelihood's modes
 instead. `nats` is the mean log predictive density of a held-out entry, higher is better.
@@ -46,7 +46,7 @@ IAF = partial(stacks.make, "iaf", depth=2)
 METHODS = {"HI-VAE": (ElementwiseAffine, False), "HI-VAE + IAF": (IAF, False), "missing flow": (IAF, True)}
 BATCH = 128
 CONTEXT = 64
-DRAWS = 25
+DRAWS = 10
 
 
 def fit(table, method, seed, steps):
