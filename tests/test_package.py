@@ -1,7 +1,6 @@
 """The house as a whole: light imports, and imports that run one way."""
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from pyro_nf import flows, networks
-from pyro_nf.flows import stacks
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
@@ -61,9 +59,3 @@ def test_everything_public_is_exported_and_tested(folder, module):
     for name in public_classes(folder):
         assert name in module.__all__
         assert name in tests
-
-
-def test_readme_has_a_row_for_every_stack():
-    table = re.search(r"\| name \| one step .*?\n\n", (ROOT / "README.md").read_text(), re.DOTALL)
-    rows = [row.split("|")[1] for row in table[0].splitlines()[2:] if row]
-    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == stacks.names()

@@ -488,9 +488,8 @@ def test_a_checkpoint_of_two_processes_is_not_for_one(run, tmp_path):
 # The rest.
 
 
-def test_the_readme(tmp_path):
-    text = (Path(__file__).parents[2] / "README.md").read_text().partition("### Several processes")[2]
-    code = text.partition("```py\n")[2].partition("```")[0]
+def test_the_script_of_the_documentation(tmp_path):
+    code = (Path(__file__).parents[2] / "docs" / "fit.py").read_text()
     assert "seed=0" in code
     (tmp_path / "fit.py").write_text(code.replace("seed=0", "seed=0, learning_rate=0.01, max_steps=100"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "fit.py"]
