@@ -57,11 +57,9 @@ class Density:
     @torch.no_grad()
     def values(self, points: Tensor) -> Tensor:
         """Return the log density at `(num_points, dim)`, `(num_points,)`."""
-        if len(points) <= self.size or not self.vectorized:
+        # Whether points can be batched is known once gradients have been asked for.
+        if len(points) <= self.size or self._batch is None or not self.vectorized:
             return self.gradients(points)[1]
-        if self._batch is None:
-            self.gradients(points[:1])  # which says whether they can be batched
-            return self.values(points)
         value = torch.func.vmap(self.log_density, randomness="different")
         return torch.cat([value(part) for part in points.split(self._num_values)])
 

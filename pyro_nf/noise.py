@@ -62,7 +62,7 @@ class GivenNoise(TorchFunctionMode):
         if func in _IN_PLACE_DRAWS:
             # `vmap` refuses to fill a tensor that is not batched with noise that is: here it is made batched first.
             args = (torch.zeros_like(args[0]) + self.zero.to(args[0].dtype), *args[1:])
-        elif func is torch.binomial:
+        elif func is torch.binomial and args:
             # Its count, too: `vmap` makes an output of the count's shape.
             args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
         elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch

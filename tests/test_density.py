@@ -35,11 +35,19 @@ def test_values_gradients_and_hessian_are_autograds(log_density, num_points):
         wanted, at = torch.func.grad_and_value(log_density)(point)
         assert torch.allclose(gradient, wanted)
         assert torch.allclose(value, at)
-    for fresh in (density, Density(log_density)):
-        assert torch.allclose(fresh.values(points), values)
+    fresh = Density(log_density)
+    for same in (density, fresh, fresh):  # a first time, and again
+        assert torch.allclose(same.values(points), values)
     assert torch.allclose(density.hessian(points[0]), torch.autograd.functional.hessian(log_density, points[0]))
     assert density.vectorized == (log_density is smooth)
     assert (density.work > 0) == (log_density is smooth)
+
+
+def test_values_at_points_of_many_coordinates_before_any_gradient():
+    points = torch.randn(200, 300)
+    density = Density(smooth)
+    for _ in range(2):
+        assert torch.allclose(density.values(points), torch.func.vmap(smooth)(points))
 
 
 def test_a_density_of_many_operations_is_the_same():
