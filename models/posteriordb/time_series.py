@@ -71,17 +71,18 @@ def hidden_markov(u: Tensor, v: Tensor, alpha: Tensor) -> None:
     rates = Restricted(dist.Normal(u.new_tensor([0.0, 3.0]), 1.0).to_event(1), dist.constraints.positive_ordered_vector)
     phi = pyro.sample("phi", rates)
     lam = pyro.sample("lambda", rates)
-    log_emission = dist.Exponential(phi).log_prob(u[:, None]) + dist.Exponential(lam).log_prob(v[:, None])
-    # [t, i, j]: from state i to state j, and what is seen there.
-    log_steps = torch.stack([theta1, theta2]).log() + log_emission[1:, None, :]
-    log_paths = log_emission[0, :, None] + _log_product(log_steps)
+    # Time is the last dimension of all, for sums over two states are slow where these are neighbours in memory.
+    log_emission = dist.Exponential(phi[:, None]).log_prob(u) + dist.Exponential(lam[:, None]).log_prob(v)
+    # [i, j, t]: from state i to state j, and what is seen there.
+    log_steps = torch.stack([theta1, theta2]).log()[..., None] + log_emission[:, 1:]
+    log_paths = log_emission[:, :1] + _log_product(log_steps)
     pyro.factor("uv", log_paths.logsumexp((0, 1)))
 
 
 def _log_product(log_matrices: Tensor) -> Tensor:
-    """Return the log of the product of the matrices' exponentials, `(size, k, k) -> (k, k)`, in log2(size) rounds."""
-    while (size := len(log_matrices)) > 1:
-        left, right = log_matrices[: size - 1 : 2], log_matrices[1::2]
-        products = (left[..., :, :, None] + right[..., None, :, :]).logsumexp(-2)
-        log_matrices = torch.cat([products, log_matrices[2 * len(products) :]])
-    return log_matrices[0]
+    """Return the log of the product of the matrices' exponentials, `(k, k, size) -> (k, k)`, in log2(size) rounds."""
+    while (size := log_matrices.shape[-1]) > 1:
+        left, right = log_matrices[..., : size - 1 : 2], log_matrices[..., 1::2]
+        products = (left[:, :, None] + right).logsumexp(1)
+        log_matrices = torch.cat([products, log_matrices[..., 2 * products.shape[-1] :]], -1)
+    return log_matrices[..., 0]
