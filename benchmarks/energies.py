@@ -19,16 +19,14 @@ energies.png, after figure 3 of the paper (the first seed), and sine.png. Each p
 """
 
 import argparse
-import json
-import multiprocessing
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import jobs
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -124,26 +122,20 @@ def run_sine(flow, seed, steps):
     return {**record, "KL": exact.log_evidence - record["ELBO"], **compare(found, exact), "shares": shares}, found
 
 
-def run(job):
-    """Do one fit, save its density, and return its record."""
-    key, steps, folder = job
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    target, flow, length, seed = key
+def run(job, folder):
+    """Do one fit, save its density, and return what was found."""
+    target, flow, length, seed, steps = job.values()
     if target == "sine":
         record, found = run_sine(flow, seed, steps)
     else:
         record, found = run_energy(target, flow, length, seed, steps)
-    np.save(density_file(folder, key), found.numpy().astype(np.float32))
-    return {"target": target, "flow": flow, "K": length, "seed": seed, "max steps": steps, **record}
+    np.save(density_file(folder, job), found.numpy().astype(np.float32))
+    return record
 
 
-def density_file(folder, key):
-    return folder / "densities" / ("-".join(map(str, key)) + ".npy")
-
-
-def key_of(record):
-    return record["target"], record["flow"], record["K"], record["seed"]
+def density_file(folder, record):
+    names = "target", "flow", "K", "seed", "max steps"
+    return folder / "densities" / ("-".join(str(record[name]) for name in names) + ".npy")
 
 
 def show(records):
@@ -168,11 +160,11 @@ def show(records):
 
 def draw_energies(records, folder):
     """Draw each exact density and, beside it, each flow's, for growing lengths, after figure 3 of the paper."""
-    shown = {key_of(r): r for r in records if r["target"] != "sine" and r["seed"] == 0}
+    shown = {(r["target"], r["flow"], r["K"]): r for r in records if r["target"] != "sine" and r["seed"] == 0}
     if not shown:
         return
     targets = [name for name in energies.ENERGIES if any(key[0] == name for key in shown)]
-    columns = sorted({key[1:3] for key in shown}, key=lambda column: (list(FLOWS).index(column[0]), column[1]))
+    columns = sorted({key[1:] for key in shown}, key=lambda column: (list(FLOWS).index(column[0]), column[1]))
     figure, axes = plt.subplots(
         len(targets),
         len(columns) + 1,
@@ -185,10 +177,9 @@ def draw_energies(records, folder):
         exact = energies.energy_grid(energies.ENERGIES[target], GRID).density.numpy()
         images = [("exact" if target == targets[0] else "", exact, target)]
         for flow, length in columns:
-            key = (target, flow, length, 0)
             title = f"{flow}\nK = {length}" if target == targets[0] else ""
-            if key in shown:
-                images.append((title, np.load(density_file(folder, key)), f"KL {shown[key]['KL']:.3f}"))
+            if record := shown.get((target, flow, length)):
+                images.append((title, np.load(density_file(folder, record)), f"KL {record['KL']:.3f}"))
             else:
                 images.append((title, np.zeros_like(exact), ""))
         for axis, (title, image, label) in zip(row, images, strict=True):
@@ -217,7 +208,7 @@ def draw_sine(records, folder):
     left.legend(loc="lower center", ncols=3)
     right.fill_between(frequency, exact.density.numpy(), color="0.85", label="exact")
     for record in shown:
-        found = np.load(density_file(folder, key_of(record)))
+        found = np.load(density_file(folder, record))
         right.plot(frequency, found, label=f"{record['flow']}, KL {record['KL']:.3f}", linewidth=1.2)
     right.set(xlabel="f", ylabel="density", title="posterior of the frequency", xlim=(0, energies.MAX_FREQUENCY))
     right.set_ylim(0, 1.4 * float(exact.density.max()))
@@ -236,27 +227,21 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("energies"))
     options = parser.parse_args()
     (options.out / "densities").mkdir(parents=True, exist_ok=True)
-    file = options.out / "results.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {key_of(record) for record in records if record["max steps"] == options.steps}
-    wanted = [("sine", flow, 1, seed) for flow in SINE_FLOWS for seed in range(options.seeds)]
-    wanted += [
+    keys = [("sine", flow, 1, seed) for flow in SINE_FLOWS for seed in range(options.seeds)]
+    keys += [
         (potential, flow, length, seed)
         for seed in range(options.seeds)
         for length in options.lengths
         for potential in options.potentials
         for flow in options.flows
     ]
-    jobs = [(key, options.steps, options.out) for key in wanted if key not in done]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool, file.open("a") as lines:
-        for record in pool.imap_unordered(run, jobs):
-            records.append(record)
-            lines.write(json.dumps(record) + "\n")
-            lines.flush()
-            print(f"{key_of(record)}: KL {record['KL']:.4f}, {record['seconds']:.0f} s", flush=True)
-    # The file may hold fits of other lengths too; the latest line of a fit is the one that its density is of.
-    latest = {key_of(record): record for record in records}
-    records = [latest[key] for key in wanted]
+    records = jobs.do(
+        partial(run, folder=options.out),
+        [dict(zip(("target", "flow", "K", "seed", "max steps"), (*key, options.steps), strict=True)) for key in keys],
+        options.out / "results.jsonl",
+        options.processes,
+        lambda record: f"KL {record['KL']:.4f}, {record['seconds']:.0f} s",
+    )
     show(records)
     draw_energies(records, options.out)
     draw_sine(records, options.out)

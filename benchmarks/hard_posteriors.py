@@ -15,12 +15,11 @@ Fits that `--results` holds already are not done again. Each process has one thr
 import argparse
 import json
 import math
-import multiprocessing
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
+import jobs
 import pandas as pd
 import pyro
 import torch
@@ -72,25 +71,17 @@ def errors(posterior, guide):
 
 
 def run(job):
-    """Do one fit and return its record."""
-    name, method, seed = job
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    posterior = load(name)
+    """Do one fit and return what was found."""
+    posterior, seed = load(job["posterior"]), job["seed"]
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    record = {"posterior": name, "method": method, "seed": seed}
     start = time.perf_counter()
-    try:
-        guide = GUIDES[method](posterior.model)
-        result = FlowSVI(posterior.model, guide, seed=seed, progress=False).run(*posterior.args)
-        seconds = time.perf_counter() - start
-        found = diagnose(posterior.model, guide, *posterior.args)
-    except Exception as error:  # whatever a fit raises is its line in the table; the others go on
-        return {**record, "error": f"{type(error).__name__}: {error}"}
+    guide = GUIDES[job["method"]](posterior.model)
+    result = FlowSVI(posterior.model, guide, seed=seed, progress=False).run(*posterior.args)
+    seconds = time.perf_counter() - start
+    found = diagnose(posterior.model, guide, *posterior.args)
     known = posterior.log_evidence is not None
     return {
-        **record,
         "steps": result.steps,
         "stages": ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in result.stages),
         "converged": result.converged,
@@ -108,12 +99,7 @@ def run(job):
 
 def show(records):
     """Print a line for each posterior and method, medians over seeds and worst ones."""
-    for record in records:
-        if "error" in record:
-            print(f"failed: {record['posterior']}, {record['method']}, seed {record['seed']}: {record['error']}")
-    table = pd.DataFrame([record for record in records if "error" not in record])
-    if table.empty:
-        return
+    table = pd.DataFrame(records)
     unsigned = ["evidence off", "mean off", "sd off", "mass off"]
     table[unsigned] = table[unsigned].astype(float).abs()
     reliable = table["reliable"].astype(bool)
@@ -143,22 +129,13 @@ def main():
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--results", type=Path, default=Path("hard.jsonl"))
     options = parser.parse_args()
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    records = [json.loads(line) for line in lines]
-    done = {(record["posterior"], record["method"], record["seed"]) for record in records}
     wanted = [
-        (name, method, seed)
+        {"posterior": name, "method": method, "seed": seed}
         for seed in range(options.seeds)
         for name in options.names
         for method in (GUIDES if name in MIXTURES else ["AutoFlow"])
     ]
-    jobs = [job for job in wanted if job not in done]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool, options.results.open("a") as file:
-        for record in pool.imap_unordered(run, jobs):
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-    show([record for record in records if (record["posterior"], record["method"], record["seed"]) in set(wanted)])
+    show(jobs.do(run, wanted, options.results, options.processes))
 
 
 if __name__ == "__main__":

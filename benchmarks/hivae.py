@@ -19,16 +19,14 @@ the folder `hivae` of `PYRO_NF_DATA`, or downloaded. Each process has one thread
 """
 
 import argparse
-import json
-import multiprocessing
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
+import jobs
 import matplotlib.pyplot as plt
 import pandas as pd
 import pyro
@@ -78,29 +76,20 @@ def fit(table, method, seed, steps):
 
 
 def run(job):
-    """Do one fit and return its record."""
-    (name, percent, method, seed), steps = job
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    table = tables.load(name, percent)
-    record = {"table": name, "percent": percent, "method": method, "seed": seed, "max steps": steps}
-    if method == BASELINE:
+    """Do one fit and return what was found."""
+    table = tables.load(job["table"], job["percent"])
+    if job["method"] == BASELINE:
         filled = imputation.impute_by_column(table)
-        return {**record, "mean": imputation.errors(table, filled), "mode": imputation.errors(table, filled)}
-    model, guide, said = fit(table, method, seed, steps)
-    torch.manual_seed(seed)
+        return {"mean": imputation.errors(table, filled), "mode": imputation.errors(table, filled)}
+    model, guide, said = fit(table, job["method"], job["seed"], job["max steps"])
+    torch.manual_seed(job["seed"])
     found = imputation.impute(model, guide, table, num_samples=DRAWS)
     return {
-        **record,
         **said,
         "nats": float(found.log_prob[table.held_out].mean()),
         "mean": imputation.errors(table, found.mean),
         "mode": imputation.errors(table, found.mode),
     }
-
-
-def key_of(record):
-    return record["table"], record["percent"], record["method"], record["seed"]
 
 
 def by_kind(records):
@@ -163,26 +152,22 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("hivae"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "results.jsonl"
-    records = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    done = {key_of(record) for record in records if record["max steps"] == options.steps}
     wanted = [
-        (name, percent, method, seed)
+        {"table": name, "percent": percent, "method": method, "seed": seed, "max steps": options.steps}
         for seed in range(options.seeds)
         for name in options.tables
         for percent in options.percents
         for method in (BASELINE, *options.methods)
         if method != BASELINE or seed == 0
     ]
-    jobs = [(key, options.steps) for key in wanted if key not in done]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool, file.open("a") as results:
-        for record in pool.imap_unordered(run, jobs):
-            records.append(record)
-            results.write(json.dumps(record) + "\n")
-            results.flush()
-            print(f"{key_of(record)}: {record.get('seconds', 0.0):.0f} s", flush=True)
-    latest = {key_of(record): record for record in records if record["max steps"] == options.steps}
-    lines = by_kind([latest[key] for key in wanted])
+    records = jobs.do(
+        run,
+        wanted,
+        options.out / "results.jsonl",
+        options.processes,
+        lambda record: f"{record.get('seconds', 0.0):.0f} s",
+    )
+    lines = by_kind(records)
     show(lines)
     draw(lines, options.out)
 

@@ -20,9 +20,7 @@ on the CPU. The data come from the folder `PYRO_NF_DATA`, or are downloaded.
 """
 
 import argparse
-import json
 import math
-import multiprocessing
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,6 +28,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+import jobs
 import pandas as pd
 import pyro
 import torch
@@ -99,6 +98,10 @@ class Job(NamedTuple):
     device: str
 
 
+def checkpoint_of(job, folder):
+    return folder / f"{job.family}-{job.seed}-{job.epochs}.pt"
+
+
 def fit(job, images, folder, progress):
     """Fit, or go on with a fit; return model, guide and what the fit says of itself."""
     pyro.clear_param_store()
@@ -108,7 +111,7 @@ def fit(job, images, folder, progress):
     encoder = nn.Sequential(GatedLinear(pixels, HIDDEN), GatedLinear(HIDDEN, HIDDEN)).to(job.device)
     guide = AmortizedFlow(model, encoder, FAMILIES[job.family].flow, affine="first")
     steps = len(images.train) // BATCH
-    checkpoint = folder / f"{job.family}-{job.seed}-{job.epochs}.pt"
+    checkpoint = checkpoint_of(job, folder)
     laps = [time.perf_counter()]
     svi = FlowSVI(
         model,
@@ -154,16 +157,8 @@ def evaluate(model, guide, images, num_samples):
 
 
 def run(job, folder, progress):
-    """Do one job and return its record."""
-    try:
-        return measure(job, folder, progress)
-    except Exception as error:  # whatever a fit raises is said, and the others go on
-        return {**job._asdict(), "error": f"{type(error).__name__}: {error}"}
-
-
-def measure(job, folder, progress):
-    """Fit and evaluate."""
-    torch.set_num_threads(1)
+    """Fit and evaluate; return what was found."""
+    job = Job(**job)
     images = load_static_mnist(device=job.device)
     model, guide, said = fit(job, images, folder, progress)
     start = time.perf_counter()
@@ -178,8 +173,8 @@ def measure(job, folder, progress):
         elbo = (len(chosen) * elbo + len(rest) * other) / len(images.test)
     validation, _ = evaluate(model, guide, images.validation, CHUNK[0])
     family = FAMILIES[job.family]
+    checkpoint_of(job, folder).unlink()
     return {
-        **job._asdict(),
         "kind": family.kind,
         "length": family.length,
         "ELBO": elbo,
@@ -280,30 +275,18 @@ def main():
     options = parser.parse_args()
     folder = options.results.with_suffix(".checkpoints")
     folder.mkdir(parents=True, exist_ok=True)
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    records = [json.loads(line) for line in lines]
     budget = (options.epochs, options.samples, options.images, options.device)
     families = chosen_families(options.families)
-    wanted = [Job(name, seed, *budget) for seed in range(options.seeds) for name in families]
-    done = {Job(*(record[name] for name in Job._fields)): record for record in records}
-    work = partial(run, folder=folder, progress=options.progress)
-    jobs = [job for job in wanted if job not in done]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool, options.results.open("a") as file:
-        for record in pool.imap_unordered(work, jobs) if options.processes > 1 else map(work, jobs):
-            job = Job(*(record[name] for name in Job._fields))
-            if "error" in record:
-                print(f"{job.family}, seed {job.seed} failed: {record['error']}", flush=True)
-                continue
-            done[job] = record
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            (folder / f"{job.family}-{job.seed}-{job.epochs}.pt").unlink(missing_ok=True)
-            print(
-                f"{job.family}, seed {job.seed}: ELBO {record['ELBO']:.2f}, log p {record['log p']:.2f}, "
-                f"{record['s/epoch']:.2f} s an epoch ({record['ran']})",
-                flush=True,
-            )
-    found = [done[job] for job in wanted if job in done]
+    found = jobs.do(
+        partial(run, folder=folder, progress=options.progress),
+        [Job(name, seed, *budget)._asdict() for seed in range(options.seeds) for name in families],
+        options.results,
+        options.processes,
+        lambda record: (
+            f"ELBO {record['ELBO']:.2f}, log p {record['log p']:.2f}, {record['s/epoch']:.2f} s an epoch "
+            f"({record['ran']})"
+        ),
+    )
     show(found)
     draw(found, options.figure)
 

@@ -12,13 +12,11 @@ no verdict. Fits that `--results` holds already are not done again. Each process
 """
 
 import argparse
-import json
-import multiprocessing
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
+import jobs
 import pandas as pd
 import posteriordb_peers
 import pyro
@@ -79,34 +77,27 @@ def moments(posterior, guide):
     return float(max(means)), float(max(sds))
 
 
-def run(job):
-    """Do one fit and return its record."""
-    folder, name, method, seed = job
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    posterior = posteriordb.load(name, folder)
+def run(job, folder):
+    """Do one fit and return what was found."""
+    method, seed = job["method"], job["seed"]
+    posterior = posteriordb.load(job["posterior"], folder)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
-    record = {"posterior": name, "method": method, "seed": seed}
     mean_off = sd_off = None
-    try:
-        if method in posteriordb_peers.FITS:
-            draws = posteriordb_peers.fit(posterior, method, PEER_SECONDS, seed)
-            seconds, said = draws.seconds, {"steps": draws.steps, "stages": "", "converged": False}
-            found, verdict = posteriordb_peers.weigh(posterior, draws), {"reliable": None, "reasons": ""}
-        else:
-            fit = defaults if method == "AutoFlow" else partial(peer, PEERS[method])
-            start = time.perf_counter()
-            guide, said = fit(posterior, seed)
-            seconds = time.perf_counter() - start
-            found = diagnose(posterior.model, guide, *posterior.args)
-            verdict = {"reliable": found.reliable, "reasons": "; ".join(found.reasons)}
-    except Exception as error:  # whatever a fit raises is its line in the table; the others go on
-        return {**record, "error": f"{type(error).__name__}: {error}"}
+    if method in posteriordb_peers.FITS:
+        draws = posteriordb_peers.fit(posterior, method, PEER_SECONDS, seed)
+        seconds, said = draws.seconds, {"steps": draws.steps, "stages": "", "converged": False}
+        found, verdict = posteriordb_peers.weigh(posterior, draws), {"reliable": None, "reasons": ""}
+    else:
+        fit = defaults if method == "AutoFlow" else partial(peer, PEERS[method])
+        start = time.perf_counter()
+        guide, said = fit(posterior, seed)
+        seconds = time.perf_counter() - start
+        found = diagnose(posterior.model, guide, *posterior.args)
+        verdict = {"reliable": found.reliable, "reasons": "; ".join(found.reasons)}
     if method == "AutoFlow":
         mean_off, sd_off = moments(posterior, guide)
     return {
-        **record,
         **said,
         "seconds": seconds,
         "gap": posterior.log_evidence - found.elbo,
@@ -121,12 +112,7 @@ def run(job):
 
 def show(records):
     """Print a line for each posterior and method, medians over seeds and worst ones."""
-    table = pd.DataFrame([record for record in records if "error" not in record])
-    for record in records:
-        if "error" in record:
-            print(f"failed: {record['posterior']}, {record['method']}, seed {record['seed']}: {record['error']}")
-    if table.empty:
-        return
+    table = pd.DataFrame(records)
     table["missed"] = table["reliable"].eq(True) & (table["gap"] > 0.1)
     groups = table.groupby(["method", "posterior"])
     lines = groups.agg(
@@ -159,18 +145,14 @@ def main():
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--results", type=Path, default=Path("posteriordb.jsonl"))
     options = parser.parse_args()
-    lines = options.results.read_text().splitlines() if options.results.exists() else []
-    records = [json.loads(line) for line in lines]
-    done = {(record["posterior"], record["method"], record["seed"]) for record in records}
     methods = ["AutoFlow", *((*PEERS, *posteriordb_peers.installed()) if options.peers else ())]
-    wanted = [(name, method, seed) for seed in range(options.seeds) for name in options.names for method in methods]
-    jobs = [(options.folder, *key) for key in wanted if key not in done]
-    with multiprocessing.get_context("spawn").Pool(options.processes) as pool, options.results.open("a") as file:
-        for record in pool.imap_unordered(run, jobs):
-            records.append(record)
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-    show([record for record in records if (record["posterior"], record["method"], record["seed"]) in set(wanted)])
+    wanted = [
+        {"posterior": name, "method": method, "seed": seed}
+        for seed in range(options.seeds)
+        for name in options.names
+        for method in methods
+    ]
+    show(jobs.do(partial(run, folder=options.folder), wanted, options.results, options.processes))
 
 
 if __name__ == "__main__":
