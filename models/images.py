@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-_VARIABLE = "PYRO_NF_DATA"
+from pyro_nf.models.files import Files, Remote
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -41,41 +41,34 @@ class Images(NamedTuple):
     shape: tuple[int, int, int]
 
 
-class _Remote(NamedTuple):
-    """A file to download; its SHA-256, or `None` where that of the pixels has to do."""
-
-    url: str
-    sha256: str | None = None
-
-
 # The files' checksums are those of TensorFlow Datasets 4.9.10.
 _TORONTO = "http://www.cs.toronto.edu/~larocheh/public/datasets/binarized_mnist"
 _LAKE = "https://github.com/brendenlake/omniglot/raw/master/python"
 _GOOGLE = "https://storage.googleapis.com/cvdf-datasets/mnist"
 _REMOTES = {
-    "binarized_mnist_train.amat": _Remote(
+    "binarized_mnist_train.amat": Remote(
         f"{_TORONTO}/binarized_mnist_train.amat", "ad693b29f94c14277b095f5238ddefbbdaaae0939789dd2f4f0205278cee3e4d"
     ),
-    "binarized_mnist_valid.amat": _Remote(
+    "binarized_mnist_valid.amat": Remote(
         f"{_TORONTO}/binarized_mnist_valid.amat", "1de3d397c40fe8eeb33dafd4099a1f665ec01e96d9be234aaeeac8a34930e2e2"
     ),
-    "binarized_mnist_test.amat": _Remote(
+    "binarized_mnist_test.amat": Remote(
         f"{_TORONTO}/binarized_mnist_test.amat", "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"
     ),
-    "train-images-idx3-ubyte.gz": _Remote(
+    "train-images-idx3-ubyte.gz": Remote(
         f"{_GOOGLE}/train-images-idx3-ubyte.gz", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
     ),
-    "t10k-images-idx3-ubyte.gz": _Remote(
+    "t10k-images-idx3-ubyte.gz": Remote(
         f"{_GOOGLE}/t10k-images-idx3-ubyte.gz", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
     ),
-    "images_background_small1.zip": _Remote(
+    "images_background_small1.zip": Remote(
         f"{_LAKE}/images_background_small1.zip", "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4"
     ),
-    "images_background_small2.zip": _Remote(
+    "images_background_small2.zip": Remote(
         f"{_LAKE}/images_background_small2.zip", "3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f"
     ),
-    "caltech101_silhouettes_28.mat": _Remote("https://people.cs.umass.edu/~marlin/data/caltech101_silhouettes_28.mat"),
-    "frey_rawface.mat": _Remote("https://cs.nyu.edu/~roweis/data/frey_rawface.mat"),
+    "caltech101_silhouettes_28.mat": Remote("https://people.cs.umass.edu/~marlin/data/caltech101_silhouettes_28.mat"),
+    "frey_rawface.mat": Remote("https://cs.nyu.edu/~roweis/data/frey_rawface.mat"),
 }
 # SHA-256 of all pixels of a data set, as bytes, in the order of its publication.
 _CHECKSUMS = {
@@ -115,14 +108,14 @@ def load_static_mnist(
         Larochelle, Murray (2011), "The neural autoregressive distribution estimator"; Salakhutdinov, Murray (2008),
         "On the quantitative analysis of deep belief networks".
     """
-    files = _Files(folder, "mnist_static_larochelle")
+    files = Files("mnist_static_larochelle", folder)
     parts = ("train", "valid", "test")
     packed = files.local("mnist_static_packbits.npz")
     if packed is not None:
         with np.load(packed) as arrays:
             pixels = [np.unpackbits(arrays[part], axis=1)[:, : 28 * 28] for part in parts]
     else:
-        pixels = [_read_amat(files.get(f"binarized_mnist_{part}.amat")) for part in parts]
+        pixels = [_read_amat(_get(files, f"binarized_mnist_{part}.amat")) for part in parts]
     _check("static MNIST", pixels)
     return _images(pixels, (1, 28, 28), dtype, device)
 
@@ -151,8 +144,8 @@ def load_mnist(
     References:
         LeCun, Bottou, Bengio, Haffner (1998), "Gradient-based learning applied to document recognition".
     """
-    files = _Files(folder, "mnist_full")
-    train, test = (_read_idx(files.get(f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k"))
+    files = Files("mnist_full", folder)
+    train, test = (_read_idx(_get(files, f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k"))
     _check("MNIST", [train, test])
     return _images([train[:-_NUM_VALIDATION], train[-_NUM_VALIDATION:], test], (1, 28, 28), dtype, device)
 
@@ -185,13 +178,13 @@ def load_omniglot(
     References:
         Lake, Salakhutdinov, Tenenbaum (2015), "Human-level concept learning through probabilistic program induction".
     """
-    files = _Files(folder, "omniglot_small")
+    files = Files("omniglot_small", folder)
     small = files.local("omniglot_small_28x28.npz")
     if small is not None:
         with np.load(small) as arrays:
             pixels = arrays["x"].reshape(-1, 28 * 28)
     else:
-        pixels = _read_drawings([files.get(f"images_background_small{number}.zip") for number in (1, 2)])
+        pixels = _read_drawings([_get(files, f"images_background_small{number}.zip") for number in (1, 2)])
     _check("Omniglot", [pixels])
     return _images(_shuffled_parts(pixels, "Omniglot"), (1, 28, 28), dtype, device)
 
@@ -223,7 +216,7 @@ def load_caltech_silhouettes(
     """
     from scipy.io import loadmat
 
-    x = loadmat(_Files(folder, "caltech_silhouettes").get("caltech101_silhouettes_28.mat"))["X"]
+    x = loadmat(_get(Files("caltech_silhouettes", folder), "caltech101_silhouettes_28.mat"))["X"]
     # Stored with the background 1, column by column.
     pixels = (1 - x.astype(np.uint8)).reshape(-1, 28, 28).swapaxes(1, 2).reshape(-1, 28 * 28)
     _check("Caltech silhouettes", [pixels])
@@ -254,7 +247,7 @@ def load_frey_faces(
     References:
         Roweis, Saul, Hinton (2002), "Global coordination of local linear models".
     """
-    files = _Files(folder, "freyfaces")
+    files = Files("freyfaces", folder)
     pickled = files.local("freyfaces.pkl")
     if pickled is not None:
         with pickled.open("rb") as file:
@@ -262,7 +255,7 @@ def load_frey_faces(
     else:
         from scipy.io import loadmat
 
-        pixels = np.ascontiguousarray(loadmat(files.get("frey_rawface.mat"))["ff"].T)
+        pixels = np.ascontiguousarray(loadmat(_get(files, "frey_rawface.mat"))["ff"].T)
     _check("Frey faces", [pixels])
     return _images(_shuffled_parts(pixels, "Frey faces"), (1, 28, 20), dtype, device)
 
@@ -309,42 +302,8 @@ class Resampled:
         self.values.copy_(self.draw(self.source))
 
 
-class _Files:
-    """Where the files of a data set are: in a folder, in its subfolder, or on the net."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None, subfolder: str) -> None:
-        given = os.environ.get(_VARIABLE) if folder is None else folder
-        if given and not Path(given).is_dir():
-            origin = f"the environment variable {_VARIABLE}" if folder is None else "folder"
-            raise ValueError(f"{origin} must name a folder of data; there is no folder {str(given)!r}")
-        self._places = [Path(given) / subfolder, Path(given)] if given else []
-
-    def local(self, name: str) -> Path | None:
-        """The path of a file, `None` if it is not there."""
-        return next((place / name for place in self._places if (place / name).is_file()), None)
-
-    def get(self, name: str) -> Path:
-        """The path of a file, downloaded if it is not there."""
-        return self.local(name) or _download(name)
-
-
-def _download(name: str) -> Path:
-    remote = _REMOTES[name]
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            f"downloading {name} needs pooch: pip install 'pyro-nf[models]'; or put it into a folder that {_VARIABLE} "
-            "names"
-        ) from error
-    known = None if remote.sha256 is None else f"sha256:{remote.sha256}"
-    try:
-        return Path(pooch.retrieve(remote.url, known, fname=name, path=pooch.os_cache("pyro-nf")))
-    except OSError as error:
-        raise ConnectionError(
-            f"{name} cannot be downloaded from {remote.url} ({type(error).__name__}); put it into a folder that "
-            f"{_VARIABLE} names"
-        ) from error
+def _get(files: Files, name: str) -> Path:
+    return files.get(name, _REMOTES[name])
 
 
 def _check(name: str, parts: Sequence[Pixels]) -> None:

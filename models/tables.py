@@ -13,10 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_nf.models.files import Files, Remote
+
 KINDS = ("real", "pos", "count", "cat", "ordinal")
 _WITH_CLASSES = ("cat", "ordinal")
 
-_VARIABLE = "PYRO_NF_DATA"
 _FOLDER = "hivae"
 _ADDRESS = "https://raw.githubusercontent.com/probabilistic-learning/HI-VAE/master/{name}/{part}.csv"
 # SHA-256 of the files there.
@@ -115,7 +116,8 @@ def load(
 
     Raises:
         ValueError: If there is no such table; if a file is damaged, as `read`.
-        ImportError: If a file must be downloaded and `pooch` is not installed.
+        ConnectionError: If a file has to be downloaded and cannot be.
+        ImportError: If it has to be downloaded and pooch is not installed.
 
     References:
         Nazabal, Olmos, Ghahramani, Valera (2020), "Handling incomplete heterogeneous data using VAEs",
@@ -287,20 +289,6 @@ def _read_positions(path: Path, num_rows: int, columns: Sequence[Column]) -> Ten
 
 def _file(name: str, part: str) -> Path:
     """Return the path of a file of one of HI-VAE's tables, downloaded if need be."""
-    folder = os.environ.get(_VARIABLE)
-    local = Path(folder, _FOLDER, f"{name}_{part}.csv.gz") if folder else None
-    if local is not None and local.is_file():
-        return local
-    try:
-        import pooch
-    except ImportError as error:
-        raise ImportError(
-            f"to download {name} takes pooch: pip install 'pyro-nf[models]'; or set {_VARIABLE} to your folder of data"
-        ) from error
-    fetched = pooch.retrieve(
-        _ADDRESS.format(name=name, part=part),
-        known_hash=f"sha256:{_FILES[name][part]}",
-        fname=f"{name}_{part}.csv",
-        path=pooch.os_cache("pyro-nf") / _FOLDER,
-    )
-    return Path(fetched)
+    files, file = Files(_FOLDER), f"{name}_{part}.csv"
+    remote = Remote(_ADDRESS.format(name=name, part=part), _FILES[name][part])
+    return files.local(f"{file}.gz") or files.get(file, remote)
