@@ -21,12 +21,13 @@ from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
-from pyro_nf.guides.framed import FramedAffine
+from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import Program
+from pyro_nf.transport import nearest_triangular
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
 _FULL_RANK_DIM = 1000
@@ -133,7 +134,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if hasattr(self, "flow"):
             return
         inner = self._make_flow(self.latent_dim)
-        affine = FramedAffine if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
+        affine = Framed if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
         self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
 
@@ -167,7 +168,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     def _warm_start(self, density: Density, num_starts: int) -> Starts:
         affine: Any = self.flow.flows[-1]
-        here = affine.params.loc.detach()
+        here, _ = affine.as_matrix()
         points = torch.cat([here[None], starting_points(num_starts - 1, here)])
         starts = find_starts(density, self.get_posterior(), points)
         if starts.modes:
@@ -216,6 +217,22 @@ class AutoFlow(FlowGuide, AutoContinuous):
         affine.assign(loc, scale_tril)
         return starts, elbos
 
+    @torch.no_grad()
+    def fit_curve(self, density: Density) -> Tensor:
+        """Curve the normal that `fit_normal` left: give it the skewness, scales and bends of the posterior.
+
+        Args:
+            density: The model's, of `density`.
+
+        Returns:
+            The ELBO at each step.
+        """
+        affine: Any = self.flow.flows[-1]
+        loc, scale_tril = affine.as_matrix()
+        curve, elbos = nearest_triangular(density, loc, scale_tril, bends=affine.curve.bends)
+        affine.assign(loc, scale_tril, curve)
+        return elbos
+
     def widen(self, share: float) -> bool:
         """Give this share of the base's draws heavy tails, and return whether that base can have such: a normal can."""
         if isinstance(self.base, NormalBase):
@@ -226,10 +243,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def stages(self, *args: Any, **kwargs: Any) -> Iterator[str]:
         """Go through the stages of a fit that needs no tuning; `FlowSVI` takes as many as the posterior needs.
 
-        "normal" leaves the flow out, which still is the identity: `fit_normal` fits it. "affine" does too, for a base
-        that has parameters of its own. "flow" has all of it, in coordinates in which the posterior found so far is the
-        base; "flow, longer" goes on. There are none for a guide that was fitted before, or has more than 1,000
-        coordinates.
+        "normal" leaves the flow out, which still is the identity: `fit_normal` fits it. So do "curve", `fit_curve`, up
+        to 100 coordinates, and "affine", for a base that has parameters of its own. "flow" has all of it, in
+        coordinates in which the posterior found so far, without the curve, is the base; "flow, longer" goes on. There are none for a guide
+        that was fitted before, or has more than 1,000 coordinates.
 
         Args:
             *args: The model's arguments.
@@ -245,6 +262,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
             yield "normal"
             if list(self.base.parameters()):
                 yield "affine"
+            elif affine.curve is not None:
+                yield "curve"
         finally:
             self._affine_alone = False
         affine.reframe()

@@ -49,11 +49,8 @@ def nearest_normal(density: Density, loc: Tensor, scale_tril: Tensor) -> tuple[T
         gradients, values = density.gradients(loc + noise @ scale_tril.mT)
         log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
         elbos.append((values - log_q).mean())
-        residual = gradients @ scale_tril + noise
-        length = residual.square().mean(-1, keepdim=True).sqrt()
-        usable = length.isfinite() & values.isfinite()[:, None]
-        residual = torch.where(usable, residual * (_MAX_RESIDUAL / length).clamp(max=1), 0.0)
-        if bool(usable.all()) and float(residual.square().sum(-1).mean()) < _DONE:
+        residual = cut(gradients @ scale_tril + noise, values, _MAX_RESIDUAL)
+        if bool(values.isfinite().all()) and float(residual.square().sum(-1).mean()) < _DONE:
             break
         # E[(h + w) w'] as the slope of a regression, which has no Monte Carlo error where the posterior is normal.
         odd, half = (residual[:pairs] - residual[pairs:]) / 2, noise[:pairs]
@@ -66,3 +63,10 @@ def nearest_normal(density: Density, loc: Tensor, scale_tril: Tensor) -> tuple[T
         loc = loc + scale_tril @ move
         scale_tril = cholesky_of(scale_tril @ vectors / precision.sqrt())
     return loc, scale_tril, torch.stack(elbos)
+
+
+def cut(residual: Tensor, values: Tensor, longest: float) -> Tensor:
+    """Shorten residuals, `(num_points, dim)`, to a root mean square; to 0 where they or values are not finite."""
+    length = residual.square().mean(-1, keepdim=True).sqrt()
+    usable = length.isfinite() & values.isfinite()[:, None]
+    return torch.where(usable, residual * (longest / length).clamp(max=1), 0.0)

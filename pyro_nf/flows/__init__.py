@@ -26,6 +26,7 @@ from pyro_nf.flows.transformers import (
     RationalQuadraticSpline,
     Transformer,
 )
+from pyro_nf.flows.triangular import Triangular
 
 __all__ = [
     "ActNorm",
@@ -64,6 +65,7 @@ __all__ = [
     "Sylvester",
     "SymmetricConvolution",
     "Transformer",
+    "Triangular",
     "initialize",
     "multiscale",
     "random_orthogonal",

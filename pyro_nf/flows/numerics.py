@@ -43,7 +43,7 @@ def strictly_lower_index(dim: int, num_entries: int) -> Tensor:
 
 
 def strictly_lower(entries: Tensor, index: Tensor) -> Tensor:
-    """Fill strictly lower triangular matrices, `(*batch, num_entries)` to `(*batch, dim, dim)`.
+    """Fill strictly lower triangular matrices, `(*batch, num_entries)` to `(*batch, dim, dim)`, or tensors like them.
 
     Gathering keeps the matrix free of in-place writes; `index` is that of `strictly_lower_index`.
     """

@@ -18,15 +18,17 @@ from pyro_nf.modes import Starts
 from pyro_nf.tracing import Program
 
 # A stage is good enough if its divergence from the posterior is below this, in nats, and its effective draws more than
-# this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.)
+# this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.) A
+# normal has to be better: a curve costs next to nothing.
 _GOOD_GAP, _GOOD_ESS, _NUM_DRAWS = 0.005, 0.96, 5000
+_GOOD_NORMAL_GAP = 0.001
 # Learning rate, most steps, and steps between evaluations of each stage. Coordinates in which the posterior is nearly
 # standard make rates universal; a flow's networks want a lower one.
 _PLAN = {"affine": (0.03, 400, 50), "flow": (0.006, 2000, 100), "flow, longer": (0.003, 4000, 200)}
 _NUM_STARTS = 8
 # A k-hat below which the weights' tail is light, by a margin for its scatter, as the median of so many sets of draws;
-# the shares of wide draws that are tried for it, and how much ELBO that may cost, in nats.
-_LIGHT_TAIL, _NUM_SETS, _SHARES, _PRICE = 0.35, 3, (0.03, 0.1), 0.005
+# the shares of wide draws that are tried for it, how much ELBO they may cost, in nats, and how much they must gain.
+_LIGHT_TAIL, _NUM_SETS, _SHARES, _PRICE, _GAIN = 0.35, 3, (0.01, 0.03, 0.1), 0.003, 0.1
 
 
 @runtime_checkable
@@ -41,6 +43,9 @@ class Staged(Protocol):
 
     def fit_normal(self, density: Density, num_starts: int) -> tuple[Starts, Tensor]:
         """Fit a normal, and return what was found on the way, and the ELBO at each step."""
+
+    def fit_curve(self, density: Density) -> Tensor:
+        """Curve that normal, and return the ELBO at each step."""
 
     def widen(self, share: float) -> bool:
         """Give this share of the base's draws heavy tails, and return whether it can have such."""
@@ -111,19 +116,23 @@ def fit_in_stages(
             if name == "normal":
                 starts, history = guide.fit_normal(density, num_starts or _NUM_STARTS)
                 result = _of_normal(program, starts, history, args, kwargs)
+            elif name == "curve":
+                result = dataclasses.replace(attempts[0].result, history=guide.fit_curve(density))
+                result = dataclasses.replace(result, steps=len(result.history), best_step=len(result.history))
             else:
                 rate, steps, eval_every = _PLAN[name]
                 result = fit(name, rate, min(steps, left), eval_every, number)
             found, _ = _measure(density, guide.get_posterior())
             state = {key: value.clone() for key, value in guide.state_dict().items()}
             attempts.append(_Attempt(name, result, found, state, time.perf_counter() - start))
-            kept.append(number == 0 or _elbo(found) >= _elbo(attempts[best].found))
+            kept.append(number == 0 or not _is_better(attempts[best].found, found))
             if kept[-1]:
                 best = number
             else:
                 guide.load_state_dict(attempts[best].state)
             ended = result.stop_reason.startswith(("interrupted", "stopped", "failed"))
-            if ended or (kept[-1] and _is_good(found)):
+            limit = _GOOD_NORMAL_GAP if name == "normal" else _GOOD_GAP
+            if ended or (kept[-1] and _is_good(found, limit)):
                 break
     if not attempts:
         return None
@@ -150,7 +159,7 @@ def fit_in_stages(
     if final is None:
         return combined
     combined = dataclasses.replace(combined, elbo=final.elbo, elbo_mcse=final.elbo_mcse)
-    if not _is_good(final):
+    if not _is_good(final, _GOOD_GAP):
         return combined
     reason = f"converged: the divergence from the posterior is {_gap(final):.4f} nats by the weights"
     return dataclasses.replace(combined, converged=True, stop_reason=reason)
@@ -178,7 +187,7 @@ def _with_tails(guide: Staged, density: Density, attempt: _Attempt) -> _Attempt 
         if found is not None and found.khat < _LIGHT_TAIL:
             break
     best = min(tried, key=lambda share: tried[share].khat, default=0.0)
-    if not best:
+    if not best or tried[best].khat > tried[0.0].khat - _GAIN:
         guide.widen(0.0)
         return None
     guide.widen(best)
@@ -226,16 +235,22 @@ def _stage(attempt: _Attempt, kept: bool) -> Stage:
     return Stage(attempt.name, *figures, attempt.result.steps, attempt.seconds, kept)
 
 
-def _elbo(found: WeightSummary | None) -> float:
-    return -math.inf if found is None else found.elbo
+def _is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
+    """Whether one stage's fit is better than another's."""
+    if one is None or other is None:
+        return one is not None
+    if min(one.ess_fraction, other.ess_fraction) > 0.5:
+        # Of the same draws, evidence and ELBO have the same noise, in which small differences of ELBOs drown.
+        return _gap(one) < _gap(other)
+    return one.elbo > other.elbo
 
 
 def _gap(found: WeightSummary) -> float:
     return found.log_evidence - found.elbo
 
 
-def _is_good(found: WeightSummary | None) -> bool:
-    return found is not None and _gap(found) < _GOOD_GAP and found.ess_fraction > _GOOD_ESS
+def _is_good(found: WeightSummary | None, limit: float) -> bool:
+    return found is not None and _gap(found) < limit and found.ess_fraction > _GOOD_ESS
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_a_wide_proposal_works_for_flows_and_is_refused_where_normals_are_not_al
     guide = AutoFlow(conjugate, init_scale=0.4)
     guide(Y)
     with torch.no_grad():
-        guide.flow.flows[-1].params.loc.fill_(0.6)
+        guide.flow.flows[-1].affine.params.loc.fill_(0.6)
     found = corrected_posterior(conjugate, guide, Y, proposal_df=10.0, num_samples=5000)
     assert float(found.draws["mu"].mean()) == pytest.approx(0.6, abs=0.03)
     wide = AutoFlow(conjugate, base="student_t")

@@ -37,6 +37,7 @@ from pyro_nf.flows import (
     SLog,
     Sylvester,
     SymmetricConvolution,
+    Triangular,
     stacks,
 )
 from pyro_nf.testing import check_flow
@@ -61,6 +62,8 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "SymmetricConvolution": SymmetricConvolution,
     "ConvolutionCoupling-circular": ConvolutionCoupling,
     "ConvolutionCoupling-symmetric": partial(ConvolutionCoupling, kind="symmetric"),
+    "Triangular": Triangular,
+    "Triangular-straight": partial(Triangular, bends=False),
     "PReLU": PReLU,
     "Diagonal": Diagonal,
     "LULinear": LULinear,

@@ -214,8 +214,8 @@ def test_two_guides_have_parameters_of_their_own():
     first, second = AutoFlow(regression), AutoFlow(regression)
     SVI(regression, first, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(X, Y)
     second(X, Y)
-    moved = first.flow.flows[-1].params.loc
-    assert (moved != second.flow.flows[-1].params.loc).any()
+    moved = first.flow.flows[-1].affine.params.loc
+    assert (moved != second.flow.flows[-1].affine.params.loc).any()
     assert len(pyro.get_param_store()) == 2 * len(list(first.parameters()))
 
 

@@ -105,7 +105,7 @@ def exact_guide(x):
     guide = StructuredFlow(hierarchy, {"rows": Column(1)}, SMALL, local_flow=SMALL)
     guide(x)
     loc, scale = exact_global(x)
-    overall, local = guide[0].flow.flows[-1].params, guide[1]
+    overall, local = guide[0].flow.flows[-1].affine.params, guide[1]
     with torch.no_grad():
         overall.loc.fill_(loc)
         overall.log_scale.copy_(unbound(torch.tensor([scale]).log(), LOG_SCALE_BOUND))
@@ -138,7 +138,7 @@ def test_gradients_are_those_of_the_elbo(float64):
     for sticking in (True, False):
         pyro.set_rng_seed(0)
         loss = ELBO(20_000, sticking_the_landing=sticking).differentiable_loss(hierarchy, guide, X.double())
-        params = [p for name, p in guide.named_parameters() if "flows.1.params" in name or "matrix" in name]
+        params = [p for name, p in guide.named_parameters() if "flows.1.affine" in name or "matrix" in name]
         gradients.append(torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, params)]))
     assert torch.allclose(*gradients, atol=0.03 * float(gradients[0].abs().max()))
 
