@@ -234,7 +234,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return elbos
 
     def widen(self, share: float) -> bool:
-        """Give this share of the base's draws heavy tails, and return whether that base can have such: a normal can."""
+        """Let this share of the base's draws be wider, and return whether that base can have such: a normal can."""
         if isinstance(self.base, NormalBase):
             self.base.widen(share)
         return isinstance(self.base, NormalBase)
@@ -245,8 +245,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
         "normal" leaves the flow out, which still is the identity: `fit_normal` fits it. So do "curve", `fit_curve`, up
         to 100 coordinates, and "affine", for a base that has parameters of its own. "flow" has all of it, in
-        coordinates in which the posterior found so far, without the curve, is the base; "flow, longer" goes on. There are none for a guide
-        that was fitted before, or has more than 1,000 coordinates.
+        coordinates in which the posterior found so far, without the curve, is the base; "flow, longer" goes on. There
+        are none for a guide that was fitted before, or has more than 1,000 coordinates.
 
         Args:
             *args: The model's arguments.

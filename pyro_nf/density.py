@@ -1,5 +1,6 @@
 """A log density and its gradient at many points at once, without the cost of Python for each of them."""
 
+import math
 import threading
 import warnings
 import weakref
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_nf.coordinates import LogDensity
 
@@ -32,7 +34,7 @@ class Density:
 
     The function is recorded as a graph of tensor operations on first use, which goes without Pyro's handlers, and is
     compared with the plain function at other points; where they differ, or it cannot be recorded, the plain one is
-    used. What `vmap` cannot batch is computed point by point.
+    used. What `vmap` cannot batch is computed point by point. Where a factorisation fails the density is NaN.
 
     Args:
         log_density: `(dim,) -> ()`.
@@ -58,10 +60,13 @@ class Density:
     def values(self, points: Tensor) -> Tensor:
         """Return the log density at `(num_points, dim)`, `(num_points,)`."""
         # Whether points can be batched is known once gradients have been asked for.
-        if len(points) <= self.size or self._batch is None or not self.vectorized:
+        if len(points) <= self.size or self._batch is None:
             return self.gradients(points)[1]
         value = torch.func.vmap(self.log_density, randomness="different")
-        return torch.cat([value(part) for part in points.split(self._num_values)])
+        try:
+            return torch.cat([value(part) for part in points.split(self._num_values)])
+        except LinAlgError:
+            return self.gradients(points)[1]
 
     @torch.no_grad()
     def gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,19 +98,34 @@ class Density:
             return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
         # A graph is of one size: the last point is repeated to fill it.
         full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
-        if self._batch is None:
-            self._batch = self._record(full)
-        gradients, values = self._batch(full)
-        return gradients[: len(points)], values[: len(points)]
+        try:
+            if self._batch is None and self.vectorized:
+                self._batch = self._record(full)
+            if self._batch is not None:
+                gradients, values = self._batch(full)
+                return gradients[: len(points)], values[: len(points)]
+        except LinAlgError:  # of one point's matrix, which is not positive definite to rounding
+            pass
+        gradients, values = map(torch.stack, zip(*map(self._one, points), strict=True))
+        return gradients, values
 
-    def _record(self, points: Tensor) -> Gradients:
+    def _one(self, point: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            gradient, value = self._single(point)
+        except LinAlgError:
+            return torch.full_like(point, math.nan), point.new_full((), math.nan)
+        return gradient, value
+
+    def _record(self, points: Tensor) -> Gradients | None:
         single = self._single
         batch: Gradients = torch.func.vmap(single, randomness="different")
         try:
             batch(points)
+        except LinAlgError:
+            raise
         except RuntimeError:  # control flow that depends on values, say
             self.vectorized = False
-            return lambda points: tuple(map(torch.stack, zip(*map(single, points), strict=True)))  # type: ignore[return-value]
+            return None
         try:
             graph = make_fx(batch)(points.clone())
             elsewhere = points + 0.1

@@ -1,6 +1,7 @@
 """The triangular map of a normal that is nearest to a posterior, by natural gradients."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ def _metric(curve: Triangular) -> dict[str, Tensor]:
 
     They are the mean square of what a parameter moves in z, and for those of scales once more that of the slope.
     """
-    precision = (-2 * curve.params.log_scale).exp()
+    log_scale: Any = curve.params.log_scale
+    precision = (-2 * log_scale).exp()
     twice = torch.full_like(precision, 2.0)
     rows, _ = torch.tril_indices(len(precision), len(precision), -1, device=precision.device)
     metric = {

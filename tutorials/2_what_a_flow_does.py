@@ -184,7 +184,8 @@ _ = plot_flow(guides["spline coupling, 4 layers"])
 # %% [markdown]
 # ## The other three
 #
-# Back to the defaults: a fit in stages, first the nearest normal, then a curved one, then a flow in the normal's coordinates.
+# Back to the defaults: a fit in stages, first the nearest normal, then a curved one, then a flow in coordinates of the
+# normal.
 
 # %%
 fitted = {}
