@@ -11,7 +11,7 @@ from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ["networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
-ROOMS += ["modes", "normals", "objectives", "diagnostics", "inference", "guides", "models"]
+ROOMS += ["modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 
