@@ -36,7 +36,7 @@ def fit_schools():
     """Fit both guides to the centred model and print one row for each."""
     model, data = eight_schools.centered, eight_schools.data()
     exact = eight_schools.grid_posterior(*data)
-    guides = {"AutoNormal": AutoNormal(model), "AutoFlow": AutoFlow(model, base="student_t")}
+    guides = {"AutoNormal": AutoNormal(model), "AutoFlow": AutoFlow(model)}
     draws, rows, verdicts = {}, [], []
     for name, guide in guides.items():
         result = FlowSVI(model, guide, seed=0).run(*data)
