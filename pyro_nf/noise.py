@@ -39,7 +39,21 @@ class CountedNoise(TorchFunctionMode):
         return result
 
 
-class GivenNoise(TorchFunctionMode):
+class BatchedWrites(TorchFunctionMode):
+    """Let `x[mask] = number`, as torch's Multinomial has it, be what `vmap` can batch."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or what replaces it."""
+        if func is Tensor.__setitem__ and isinstance(args[2], int | float):
+            x, mask, number = args
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
+                return x.copy_(x.masked_fill(mask, number))
+        return func(*args, **(kwargs or {}))
+
+
+class GivenNoise(BatchedWrites):
     """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
 
     Args:
@@ -67,7 +81,7 @@ class GivenNoise(TorchFunctionMode):
             args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
         elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
             return args[0].copy_(torch.clamp(*args, **kwargs))
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def _normal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         mean, std = 0.0, 1.0

@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches
+from pyro_nf.noise import BatchedWrites, CountedNoise, GivenNoise, SharedSubsamples, minibatches
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
 _MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
@@ -236,8 +236,13 @@ def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
 
 def log_prob_sum(trace: poutine.Trace) -> Tensor:
     """Return the trace's log density, all scales and masks applied, as a tensor; each site keeps its `log_prob`."""
-    trace.compute_log_prob()
+    _compute_log_prob(trace)
     return torch.as_tensor(trace.log_prob_sum())
+
+
+def _compute_log_prob(trace: poutine.Trace) -> None:
+    with BatchedWrites():
+        trace.compute_log_prob()
 
 
 def local_plate(particle: Particle) -> Any:
@@ -249,7 +254,7 @@ def local_plate(particle: Particle) -> Any:
 
 def local_log_prob(trace: poutine.Trace) -> Tensor:
     """Return a trace's log density for each element of its one plate, `(size,)`, without a subsample's scale."""
-    trace.compute_log_prob()
+    _compute_log_prob(trace)
     total = torch.zeros(())
     for site in trace.nodes.values():
         if is_latent(site) or is_data(site):

@@ -7,6 +7,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_nf.density import Density, Together
+from pyro_nf.noise import BatchedWrites
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -133,3 +134,18 @@ def test_what_cannot_be_batched_is_computed_for_the_points_alone():
     calls.clear()
     assert density.gradients(torch.ones(3, 2))[1].tolist() == [-2.0] * 3
     assert len(calls) == 3
+
+
+def test_a_multinomial_is_batched():
+    counts = torch.tensor([5.0, 3.0, 0.0, 8.0])
+
+    def log_density(x):
+        with BatchedWrites():
+            return torch.distributions.Multinomial(16, logits=x, validate_args=False).log_prob(counts)
+
+    density = Density(log_density)
+    points = torch.randn(5, 4)
+    _, values = density.gradients(points)
+    assert density.vectorized
+    wanted = torch.distributions.Multinomial(16, logits=points).log_prob(counts)
+    assert torch.allclose(values, wanted)
