@@ -115,7 +115,7 @@ def load(
         device: Of the tensors.
 
     Raises:
-        ValueError: If there is no such table; if a file is damaged, as `read`.
+        ValueError: If there is no such table, or `PYRO_NF_DATA` names no folder; if a file is damaged, as `read`.
         ConnectionError: If a file has to be downloaded and cannot be.
         ImportError: If it has to be downloaded and pooch is not installed.
 

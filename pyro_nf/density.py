@@ -94,11 +94,11 @@ class Density:
         return self._graph if same_size else torch.func.vmap(self._single)  # type: ignore[return-value]
 
     def _part(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4:
-            return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
-        # A graph is of one size: the last point is repeated to fill it.
-        full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
         try:
+            if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4:
+                return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
+            # A graph is of one size: the last point is repeated to fill it.
+            full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
             if self._batch is None and self.vectorized:
                 self._batch = self._record(full)
             if self._batch is not None:

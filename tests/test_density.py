@@ -106,18 +106,20 @@ def test_an_error_reaches_every_thread_that_waits_for_it():
         assert list(pool.map(run, range(2))) == [True, True]
 
 
-def test_a_point_whose_matrix_cannot_be_factored_has_no_density():
+@pytest.mark.parametrize("dim", [2, 300])
+def test_a_point_whose_matrix_cannot_be_factored_has_no_density(dim):
     def log_density(x):
         return torch.linalg.cholesky(torch.stack([torch.stack([x[0], x[1]]), torch.stack([x[1], x[0]])])).sum()
 
     density = Density(log_density)
-    good, bad = torch.tensor([2.0, 1.0]), torch.tensor([1.0, 2.0])
+    rest = torch.zeros(dim - 2)
+    good, bad = torch.cat([torch.tensor([2.0, 1.0]), rest]), torch.cat([torch.tensor([1.0, 2.0]), rest])
     for points in (torch.stack([bad, good]), torch.stack([good, good]), torch.stack([good, bad])):
         gradients, values = density.gradients(points)
         assert torch.equal(values.isnan(), (points == bad).all(-1))
         assert torch.equal(gradients.isnan().any(-1), (points == bad).all(-1))
         assert torch.allclose(values[points[:, 0] == 2.0], log_density(good))
-    many = torch.cat([good.expand(300, 2), bad[None]])
+    many = torch.cat([good.expand(300, dim), bad[None]])
     assert density.values(many).isnan().sum() == 1
     assert density.vectorized
 

@@ -33,7 +33,7 @@ def test_skewness_of_the_logarithm_of_a_gamma():
     torch.manual_seed(0)
     normal, curved = gaps(lambda x: (10 * x - x.exp()).sum() - math.lgamma(10.0), 1, 0.0)
     assert normal == pytest.approx(0.0085, abs=0.003)  # some 1 / (12 * 10)
-    assert curved < 0.0015
+    assert curved < 0.001  # the family's best has .0005
 
 
 def test_scales_that_follow_the_last_coordinate_of_a_regression():

@@ -38,9 +38,9 @@ class Triangular(Flow):
 
     `y_k = b_k + sum_j C_kj x_j + sum_{l<=j} B_kjl (x_j x_l - delta_jl) + e^{s_k + sum_j A_kj x_j} S(x_k; c_k)`, j < k,
 
-    `S(x; c) = sinh(asinh x + c) - sinh(c) E sqrt(1 + z^2)`, z standard normal, which for small c is about
-    `x + c (x^2 - 1) / 2` near 0 and grows as e^{+-c} x far out. In B and A a far coordinate stops growing, and so does
-    a log scale, at 10: `x (1 + (x / 10)^4)^{-1/4}`. The log-determinant is the sum of log scales and of
+    `S(x; c) = sinh(asinh x + c) - sinh(c) E sqrt(1 + z^2)`, z standard normal, which for small c is
+    `x + c (sqrt(1 + x^2) - E sqrt(1 + z^2))` and grows as e^{+-c} x far out. In B and A a far coordinate stops growing,
+    and so does a log scale, at 10: `x (1 + (x / 10)^4)^{-1/4}`. The log-determinant is the sum of log scales and of
     `log cosh(asinh x + c) - log(1 + x^2) / 2`.
 
     Every density near a normal is, to first order in its third derivatives, such a map of one, in any order of the

@@ -187,7 +187,7 @@ def _with_tails(guide: Staged, density: Density, attempt: _Attempt) -> _Attempt 
         if found is not None and found.khat < _LIGHT_TAIL:
             break
     best = min(tried, key=lambda share: tried[share].khat, default=0.0)
-    if not best or tried[best].khat > tried[0.0].khat - _GAIN:
+    if not best or (0.0 in tried and tried[best].khat > tried[0.0].khat - _GAIN):
         guide.widen(0.0)
         return None
     guide.widen(best)
@@ -239,10 +239,11 @@ def _is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
     """Whether one stage's fit is better than another's."""
     if one is None or other is None:
         return one is not None
-    if min(one.ess_fraction, other.ess_fraction) > 0.5:
-        # Of the same draws, evidence and ELBO have the same noise, in which small differences of ELBOs drown.
+    difference, noise = one.elbo - other.elbo, math.hypot(one.elbo_mcse, other.elbo_mcse)
+    if abs(difference) < 3 * noise and min(one.ess_fraction, other.ess_fraction) > 0.5:
+        # Evidence and ELBO of the same draws have the same noise, in which a small difference of ELBOs drowns.
         return _gap(one) < _gap(other)
-    return one.elbo > other.elbo
+    return difference > 0
 
 
 def _gap(found: WeightSummary) -> float:

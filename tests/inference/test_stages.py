@@ -7,8 +7,9 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_nf.diagnostics import diagnose
+from pyro_nf.diagnostics.weights import summarise
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI
+from pyro_nf.inference import FlowSVI, stages
 from pyro_nf.inference.stages import fit_in_stages
 from pyro_nf.objectives import ELBO
 from pyro_nf.tracing import Program
@@ -167,3 +168,41 @@ def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
     assert results[0].elbo == results[1].elbo
     states = [guide.state_dict() for guide in guides]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])  # networks not yet fitted included
+
+
+def weights(log_w):
+    return summarise(log_w.double().numpy()[None])
+
+
+def test_small_differences_are_told_by_gaps_and_large_ones_by_elbos():
+    torch.manual_seed(0)
+    noise = torch.randn(5000)
+    exact, rough = weights(0.01 * noise - 0.002), weights(0.1 * noise.flip(0))
+    assert rough.elbo > exact.elbo  # by chance alone
+    assert stages._is_better(exact, rough)
+    assert not stages._is_better(rough, exact)
+    # One of two modes, exactly: no gap in sight. Both, roughly: a higher ELBO.
+    one, both = weights(0.001 * noise - 0.7), weights(0.3 * noise)
+    assert one.log_evidence - one.elbo < both.log_evidence - both.elbo
+    assert stages._is_better(both, one)
+    assert not stages._is_better(None, one)
+    assert stages._is_better(one, None)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_heavy_tails_get_a_wider_share_also_where_draws_without_it_have_no_weight(monkeypatch, fails):
+    def heavy():
+        pyro.sample("x", dist.StudentT(torch.tensor(20.0).double()))
+
+    measure, num_tails = stages._measure, 0
+
+    def measured(*args, num_sets=1, known=None):
+        nonlocal num_tails
+        found, known = measure(*args, num_sets=num_sets, known=known)
+        num_tails += num_sets > 1
+        return (None if fails and num_tails == 1 else found), known
+
+    monkeypatch.setattr(stages, "_measure", measured)
+    before, tails = FlowSVI(heavy, AutoFlow(heavy), seed=0, progress=False).run().stages[-2:]
+    assert tails.name == "tails"
+    assert tails.khat < before.khat
