@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.networks.mlp import MLP
+from pyro_nf.networks.mlp import MLP, start_at_zero
 from pyro_nf.networks.parameters import freeze
 
 
@@ -35,8 +35,8 @@ class MADE(MLP):
 
     Input and output k bear the degree `order[k]`. Hidden units bear the degrees 1..dim-1, from 0 with a context, in
     equal shares and ascending. A hidden unit sees units of degree <= its own, an output sees hidden units of degree <
-    its own. The context enters the first hidden layer unmasked: the units of degree 0 carry it to the output that sees
-    no input. The last layer starts at zero.
+    its own. The context enters the first hidden layer and the output, unmasked: the units of degree 0 carry it to the
+    output that sees no input. The network starts at zero.
 
     A call is one pass. `unroll` feeds the outputs back as inputs, coordinate by coordinate, for the cost of one pass.
 
@@ -88,8 +88,7 @@ class MADE(MLP):
             self._counts.append(above.bincount(minlength=dim).tolist())  # units of degree 0 .. dim - 1
             below = above
         last = MaskedLinear((degrees[:, None] > below).repeat_interleave(num_params, 0))
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        start_at_zero(last, self.context_to_output)
         self.layers = nn.ModuleList([*layers, last])
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -107,20 +106,18 @@ class MADE(MLP):
         Returns:
             The values, `(*batch, dim)`.
         """
-        dim = len(self._coordinates)
         layers: list[Any] = list(self.layers)
         first, *inner, last = layers
         # Columns of each layer's weight by the degree of the unit they belong to. All rows that still wait when a unit
         # is run may see it, which is why no mask is needed.
         blocks = [first.weight[:, self._coordinates].split(1, 1)]
         blocks += [layer.weight.split(counts, 1) for layer, counts in zip(inner, self._counts, strict=False)]
-        by_degree = [
-            tensor.unflatten(0, (dim, -1))[self._coordinates].flatten(0, 1) for tensor in (last.weight, last.bias)
-        ]
-        blocks.append(by_degree[0].split(self._counts[-1], 1))
-        waiting = [first.bias, *(layer.bias for layer in inner), by_degree[1]]
-        if self.from_context is not None:
+        blocks.append(self._by_degree(last.weight.mT).mT.split(self._counts[-1], 1))
+        waiting = [first.bias, *(layer.bias for layer in inner), last.bias]
+        if self.from_context is not None and self.context_to_output is not None:
             waiting[0] = waiting[0] + self.from_context(context)
+            waiting[-1] = waiting[-1] + self.context_to_output(context)
+        waiting[-1] = self._by_degree(waiting[-1])
 
         def add(layer: int, degree: int, activation: Tensor) -> None:
             block = blocks[layer][degree]
@@ -137,6 +134,11 @@ class MADE(MLP):
             values.append(step(coordinate, params[..., None, :]))
             add(0, degree, values[-1])
         return torch.cat([values[position] for position in _inverse(self._coordinates)], -1)
+
+    def _by_degree(self, outputs: Tensor) -> Tensor:
+        """Put what is for the first coordinate first, in the last dimension."""
+        blocks: Tensor = outputs.unflatten(-1, (len(self._coordinates), -1))
+        return blocks[..., self._coordinates, :].flatten(-2)
 
 
 def _take(tensor: Tensor, count: int) -> tuple[Tensor, Tensor]:

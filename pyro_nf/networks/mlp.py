@@ -6,11 +6,19 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 
+def start_at_zero(*layers: nn.Module | None) -> None:
+    """Set all parameters of these layers to zero."""
+    for layer in layers:
+        for tensor in layer.parameters() if layer is not None else ():
+            nn.init.zeros_(tensor)
+
+
 class MLP(nn.Module):
     r"""Multilayer perceptron with a linear last layer.
 
-    `h_1 = activation(W_1 x + b_1 + V c)`, `h_{k+1} = activation(W_k h_k + b_k)`, `out = W h + b`.
-    The context `c` enters the first layer as a sum, so that one context can serve many draws of `x` by broadcasting.
+    `h_1 = activation(W_1 x + b_1 + V c)`, `h_{k+1} = activation(W_k h_k + b_k)`, `out = W h + b + U c`.
+    The context `c` enters as sums, so that one context can serve many draws of `x` by broadcasting; it enters the
+    output too, so that what depends on it alone need not be learned through the hidden layers.
 
     Args:
         in_features: Width of the input.
@@ -42,13 +50,12 @@ class MLP(nn.Module):
         super().__init__()
         widths = [in_features, *hidden_dims, out_features]
         self.layers = nn.ModuleList(nn.Linear(m, n) for m, n in pairwise(widths))
-        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim > 0 else None
+        has_context = context_dim > 0
+        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if has_context and hidden_dims else None
+        self.context_to_output = nn.Linear(context_dim, out_features, bias=False) if has_context else None
         self.activation = activation()
         if zero_init:
-            for tensor in self.layers[-1].parameters():
-                nn.init.zeros_(tensor)
-            if self.from_context is not None and not hidden_dims:
-                nn.init.zeros_(self.from_context.weight)
+            start_at_zero(self.layers[-1], self.context_to_output)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Apply the network to the last dimension of `x`."""
@@ -58,4 +65,6 @@ class MLP(nn.Module):
             h = h + self.from_context(context)
         for layer in rest:
             h = layer(self.activation(h))
+        if self.context_to_output is not None:
+            h = h + self.context_to_output(context)
         return h

@@ -88,6 +88,8 @@ class OrderAgnosticMADE(MLP):
             h = nn.functional.linear(self.activation(h) if k else h, layer.weight * visible, layer.bias)
             if k == 0 and self.from_context is not None:
                 h = h + self.from_context(context)
+        if self.context_to_output is not None:
+            h = h + self.context_to_output(context)
         params: Tensor = h.unflatten(-1, (-1, self.num_params))
         return params
 

@@ -40,9 +40,9 @@ def test_scales_are_bounded_and_far_from_closed(transformer: Transformer) -> Non
         torch.testing.assert_close(transformer.inverse(y, params)[0], x)
 
 
-def test_gated_is_the_update_of_the_paper_up_to_its_first_gate() -> None:
+def test_gated_is_the_update_of_the_paper_up_to_its_first_gates() -> None:
     # Equations 12-14 of Kingma et al. (2016), with s not yet bounded to any effect.
     x, shift, s = torch.tensor([2.0]), torch.tensor(3.0), torch.tensor(1e-3)
     y, _ = Gated(forget_bias=2.0, bound=1e6).forward(x, torch.stack([shift, s])[None])
     gate, first = torch.sigmoid(s + 2), torch.sigmoid(torch.tensor(2.0))
-    torch.testing.assert_close(y, gate * x / first + (1 - gate) * shift)
+    torch.testing.assert_close(y, gate * x / first + (1 - gate) / (1 - first) * shift)

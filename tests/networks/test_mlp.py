@@ -16,6 +16,14 @@ def test_context_broadcasts_and_matters(hidden_dims: tuple[int, ...]) -> None:
     assert not torch.equal(out, network(x, -context))
 
 
+def test_context_goes_to_the_output_directly_too() -> None:
+    network = MLP(3, (8,), 2, context_dim=4, zero_init=True)
+    assert network.context_to_output is not None
+    torch.nn.init.normal_(network.context_to_output.weight)
+    x, context = torch.randn(5, 3), torch.randn(5, 4)
+    torch.testing.assert_close(network(x, context), context @ network.context_to_output.weight.mT)
+
+
 @pytest.mark.parametrize("context_dim", [0, 4])
 @pytest.mark.parametrize("hidden_dims", [(), (8, 4)])
 def test_zero_init(hidden_dims: tuple[int, ...], context_dim: int) -> None:

@@ -57,10 +57,11 @@ class Affine:
 
 
 class Gated:
-    r"""`y = gate x / gate_0 + (1 - gate) shift`, `gate = sigmoid(s + forget_bias)`, `gate_0 = sigmoid(forget_bias)`.
+    r"""`y = x gate / gate_0 + shift (1 - gate) / (1 - gate_0)`, `gate = sigmoid(s + forget_bias)`, gate_0 at s = 0.
 
-    The numerically stable update of inverse autoregressive flow, divided by its gate at s = 0 so that it starts as the
-    identity. s is softly bounded, or a closed gate would forget x to rounding error and not be invertible.
+    The numerically stable update of inverse autoregressive flow, both terms divided by their gates at s = 0: so it
+    starts as the identity, and as ready to shift as to scale. s is softly bounded, or a closed gate would forget x to
+    rounding error and not be invertible.
 
     Args:
         forget_bias: How far the gate is open at first.
@@ -91,8 +92,8 @@ class Gated:
 
     def _unpack(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         shift, s = params[..., 0], soft_bound(params[..., 1], self.bound) + self.forget_bias
-        first = 1 + math.exp(-self.forget_bias)
-        closing = (-s).exp()  # of a bounded number
-        gate = 1 / (1 + closing)
-        # closing * gate is 1 - gate, without cancellation.
-        return closing * gate * shift, first * gate, math.log(first) - closing.log1p()
+        first_closing = math.exp(-self.forget_bias)
+        first, closing = 1 + first_closing, (-s).exp()  # of a bounded number
+        scale = first / (1 + closing)
+        # A gate's complement is closing * gate, without cancellation.
+        return closing / first_closing * scale * shift, scale, math.log(first) - closing.log1p()
