@@ -245,16 +245,17 @@ class GatedAutoregressive(nn.Module):
         hidden = torch.arange(width) * LATENTS // width
         self.masked = nn.ModuleList((nn.Linear(LATENTS, width), nn.Linear(width, width), nn.Linear(width, 2 * LATENTS)))
         self.from_context = nn.Linear(HIDDEN, width, bias=False)
+        self.context_to_output = nn.Linear(HIDDEN, 2 * LATENTS, bias=False)
         masks = (hidden[:, None] >= degrees, hidden[:, None] >= hidden, (degrees[:, None] > hidden).repeat(2, 1))
         for k, mask in enumerate(masks):
             self.register_buffer(f"mask_{k}", mask.float())
-        nn.init.zeros_(self.masked[-1].weight)
-        nn.init.zeros_(self.masked[-1].bias)
+        for tensor in (self.masked[-1].weight, self.masked[-1].bias, self.context_to_output.weight):
+            nn.init.zeros_(tensor)
 
     def forward(self, z, context):
         h = (self._layer(0, z) + self.from_context(context)).tanh()
         h = self._layer(1, h).tanh()
-        shift, s = self._layer(2, h).chunk(2, -1)
+        shift, s = (self._layer(2, h) + self.context_to_output(context)).chunk(2, -1)
         gate = torch.sigmoid(s + 2.0)
         return gate * z + (1 - gate) * shift, nn.functional.logsigmoid(s + 2.0)
 
