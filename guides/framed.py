@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyro_nf.flows import Flow, LowerTriangularAffine, Triangular
 from pyro_nf.flows.numerics import multiply, solve_triangular
+from pyro_nf.networks import freeze
 
 # Up to how many coordinates a curve is fitted, and with all products of two: there are dim^3 / 6 of these.
 _CURVED_DIM, _BENT_DIM = 100, 32
@@ -36,7 +37,8 @@ class Framed(Flow):
         self.register_buffer("frame", torch.eye(dim, dtype=like.dtype, device=like.device))
         self.curve: Triangular | None = None
         if dim <= _CURVED_DIM:
-            self.curve = _frozen(Triangular(dim, bends=dim <= _BENT_DIM).to(like))
+            self.curve = Triangular(dim, bends=dim <= _BENT_DIM).to(like)
+            freeze(self.curve)
         self.register_buffer("curved", torch.tensor(False))
         self._is_curved = False
 
@@ -94,11 +96,3 @@ class Framed(Flow):
 
     def _parts(self) -> list[Flow]:
         return [self.affine] if self.curve is None or not self._is_curved else [self.affine, self.curve]
-
-
-def _frozen(curve: Triangular) -> Triangular:
-    """Make buffers of the parameters: Pyro warns of parameters without gradients."""
-    for name, param in list(curve.params.named_parameters()):
-        delattr(curve.params, name)
-        curve.params.register_buffer(name, param.detach())
-    return curve

@@ -13,6 +13,7 @@ from pyro_nf.distributions import FlowDistribution
 from pyro_nf.guides.amortized import AmortizedFlow, AnySizeGuide, Arguments, check_encoder, check_indices
 from pyro_nf.guides.auto_flow import AutoFlow
 from pyro_nf.guides.flow_guide import FlowLike, trace_latents
+from pyro_nf.networks import start_at_zero
 
 
 class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
@@ -213,8 +214,7 @@ class _Following(nn.Module):
     def __init__(self, width: int, num_globals: int, size: int) -> None:
         super().__init__()
         self.matrix = nn.Linear(width, width * num_globals)
-        for tensor in self.matrix.parameters():
-            nn.init.zeros_(tensor)
+        start_at_zero(self.matrix)
         self.register_buffer("unit", torch.tensor(size**-0.5))
 
     def forward(self, context: Tensor, given: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pyro_nf.models.rows import IncompleteRows, Layout
 from pyro_nf.models.tables import Table
-from pyro_nf.networks import MLP, MaskedLinear
+from pyro_nf.networks import MLP, MaskedLinear, start_at_zero
 
 
 class HIVAE(PyroModule):  # type: ignore[misc]
@@ -227,8 +227,7 @@ class _Neighbours(nn.Module):
         of_y = torch.arange(num_columns, device=device).repeat_interleave(y_dim)
         first = MaskedLinear(degrees[:, None] >= self.features.column_of)
         last = MaskedLinear(of_y[:, None] > degrees)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        start_at_zero(last)
         self.network = nn.Sequential(first, nn.Tanh(), last).to(table.values)
 
     def forward(self, x: Tensor, observed: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from pyro_nf.density import Density
 from pyro_nf.flows import Triangular
 from pyro_nf.normals import nearest_normal
-from pyro_nf.transport import nearest_triangular
+from pyro_nf.transport import _metric, _order, nearest_triangular
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -34,6 +34,34 @@ def test_skewness_of_the_logarithm_of_a_gamma():
     normal, curved = gaps(lambda x: (10 * x - x.exp()).sum() - math.lgamma(10.0), 1, 0.0)
     assert normal == pytest.approx(0.0085, abs=0.003)  # some 1 / (12 * 10)
     assert curved < 0.001  # the family's best has .0005
+
+
+def test_the_metric_is_the_second_derivative_of_the_divergence_and_diagonal():
+    torch.manual_seed(4)
+    curve, half = Triangular(3), torch.randn(100_000, 3)
+    z = torch.cat([half, -half])
+    names, starts = zip(*curve.params.named_parameters(), strict=True)
+    shapes = [start.shape for start in starts]
+    module = torch.nn.Module()
+    module.curve, module.forward = curve, curve.forward_and_log_det
+
+    def divergence(flat):
+        parts = flat.split([shape.numel() for shape in shapes])
+        params = (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+        params = dict(zip((f"curve.params.{name}" for name in names), params, strict=True))
+        w, log_det = torch.func.functional_call(module, params, (z,))
+        return (0.5 * w.square().sum(-1) - log_det).mean()
+
+    metric = _metric(curve)
+    wanted = torch.diag(torch.cat([metric[name].flatten() for name in names]))
+    found = torch.func.jacrev(torch.func.grad(divergence))(torch.cat([start.detach().flatten() for start in starts]))
+    assert torch.allclose(found, wanted, atol=0.05)  # of draws
+
+
+def test_first_comes_what_the_scales_of_others_follow_also_where_the_normal_is_off():
+    torch.manual_seed(5)
+    density = Density(lambda x: -0.5 * x.square().sum() + x[2] + 0.1 * x[2] * x[0] ** 2)
+    assert int(_order(density, torch.zeros(3), torch.eye(3))[0]) == 2
 
 
 def test_scales_that_follow_the_last_coordinate_of_a_regression():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
-from pyro_nf.networks import MaskedLinear, freeze
+from pyro_nf.networks import MaskedLinear, freeze, start_at_zero
 
 # Of the log of an activation's slope at its centre, and of the log of its steepness: e^5 = 148 and e^3 = 20.
 LOG_GAIN_BOUND = 5.0
@@ -62,7 +62,7 @@ class BlockAutoregressive(Flow):
         self.from_context = None
         if context_dim > 0:
             self.from_context = nn.Linear(context_dim, dim * units, bias=False)
-            nn.init.zeros_(self.from_context.weight)
+            start_at_zero(self.from_context)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Run the network."""
@@ -121,8 +121,7 @@ class _BlockLinear(nn.Module):
             freeze(self, "own")  # the weight of a single unit is 1
         before, after = (torch.arange(dim).repeat_interleave(units) for units in (units_in, units_out))
         self.before = MaskedLinear(after[:, None] > before)
-        nn.init.zeros_(self.before.weight)
-        nn.init.zeros_(self.before.bias)
+        start_at_zero(self.before)
 
 
 class _Activation(nn.Module):

@@ -6,7 +6,7 @@ from pyro_nf.networks.images import ImageDecoder, ImageEncoder
 from pyro_nf.networks.made import MADE, MaskedLinear
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.order_agnostic import OrderAgnosticMADE
-from pyro_nf.networks.parameters import ContextParameters, freeze
+from pyro_nf.networks.parameters import ContextParameters, freeze, start_at_zero
 
 __all__ = [
     "MADE",
@@ -20,4 +20,5 @@ __all__ = [
     "MaskedLinear",
     "OrderAgnosticMADE",
     "freeze",
+    "start_at_zero",
 ]

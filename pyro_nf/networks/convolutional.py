@@ -5,13 +5,15 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyro_nf.networks.parameters import start_at_zero
+
 
 class ConvNet(nn.Module):
     r"""Convolutional network with a linear last layer, from images to images of the same height and width.
 
-    `h_1 = activation(W_1 * x + b_1 + V c)`, `h_{k+1} = activation(W_k * h_k + b_k)`, `out = W * h + b`, where `*` is a
-    convolution over an image with a margin of zeros. The context `c` enters the first layer as a sum, the same at every
-    pixel, so that one context can serve many images by broadcasting.
+    `h_1 = activation(W_1 * x + b_1 + V c)`, `h_{k+1} = activation(W_k * h_k + b_k)`, `out = W * h + b + U c`, where `*`
+    is a convolution over an image with a margin of zeros. The context `c` enters as sums, the same at every pixel, as
+    in `MLP`.
 
     Args:
         in_channels: Channels of the input.
@@ -51,13 +53,12 @@ class ConvNet(nn.Module):
             raise ValueError(f"kernel_size must be odd and positive; got {kernel_size}")
         widths = [in_channels, *hidden_channels, out_channels]
         self.layers = nn.ModuleList(nn.Conv2d(m, n, kernel_size, padding=kernel_size // 2) for m, n in pairwise(widths))
-        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if context_dim > 0 else None
+        has_context = context_dim > 0
+        self.from_context = nn.Linear(context_dim, widths[1], bias=False) if has_context and hidden_channels else None
+        self.context_to_output = nn.Linear(context_dim, out_channels, bias=False) if has_context else None
         self.activation = activation()
         if zero_init:
-            for tensor in self.layers[-1].parameters():
-                nn.init.zeros_(tensor)
-            if self.from_context is not None and not hidden_channels:
-                nn.init.zeros_(self.from_context.weight)
+            start_at_zero(self.layers[-1], self.context_to_output)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Apply the network to the last three dimensions of `x`."""
@@ -67,6 +68,8 @@ class ConvNet(nn.Module):
             h = h + self.from_context(context)[..., None, None]
         for layer in rest:
             h = _convolve(layer, self.activation(h))
+        if self.context_to_output is not None:
+            h = h + self.context_to_output(context)[..., None, None]
         return h
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.networks.mlp import MLP, start_at_zero
-from pyro_nf.networks.parameters import freeze
+from pyro_nf.networks.mlp import MLP
+from pyro_nf.networks.parameters import freeze, start_at_zero
 
 
 class MaskedLinear(nn.Linear):

@@ -5,12 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-
-def start_at_zero(*layers: nn.Module | None) -> None:
-    """Set all parameters of these layers to zero."""
-    for layer in layers:
-        for tensor in layer.parameters() if layer is not None else ():
-            nn.init.zeros_(tensor)
+from pyro_nf.networks.parameters import start_at_zero
 
 
 class MLP(nn.Module):

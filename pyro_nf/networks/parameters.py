@@ -14,6 +14,13 @@ def freeze(module: nn.Module, *names: str) -> None:
                 part.register_buffer(name, value.detach())
 
 
+def start_at_zero(*layers: nn.Module | None) -> None:
+    """Set all parameters of these layers to zero."""
+    for layer in layers:
+        for tensor in layer.parameters() if layer is not None else ():
+            nn.init.zeros_(tensor)
+
+
 class ContextParameters(nn.Module):
     r"""Named tensors `theta_k + V_k c`: trainable on their own, shifted by a linear map of the context if there is one.
 
@@ -45,7 +52,7 @@ class ContextParameters(nn.Module):
         self.from_context = None
         if context_dim > 0:
             self.from_context = nn.Linear(context_dim, sum(v.numel() for v in initial.values()), bias=False)
-            nn.init.zeros_(self.from_context.weight)
+            start_at_zero(self.from_context)
 
     def forward(self, context: Tensor | None = None) -> tuple[Tensor, ...]:
         """Return the tensors for this context."""

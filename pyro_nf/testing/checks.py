@@ -203,13 +203,18 @@ def triangular(case: Case, kind: str) -> float:
 
 
 def round_trip(case: Case, inverse: bool) -> float:
-    """There and back again."""
+    """There and back again; where rounding loses the way back, what is found must map to the same point."""
     maps, context = case.maps(), case.context
     there = maps(case.points, context, inverse)[0].detach()
+    back = maps(there, context, not inverse)[0].detach()
     rounding = case.rounding(lambda maps, point: maps(point, context, not inverse)[0], there)
-    # Rounding of the size of the point itself is no estimate any more: the way back is lost.
-    rounding = torch.where(rounding > 0.1 * (1 + _size(case.points)), math.inf, rounding)
-    return _error(maps(there, context, not inverse)[0], case.points, rounding)
+    # Rounding of the size of the point itself says nothing about the error.
+    lost = rounding > 0.1 * (1 + _size(case.points))
+    again = maps(back, context, inverse)[0]
+    again_rounding = case.rounding(lambda maps, point: maps(point, context, inverse)[0], back)
+    errors = [_error(back[~lost], case.points[~lost], rounding[~lost])] if not bool(lost.all()) else []
+    errors += [_error(again[lost], there[lost], again_rounding[lost])] if bool(lost.any()) else []
+    return largest(errors)
 
 
 def cancel(case: Case) -> float:

@@ -46,3 +46,5 @@ def test_gated_is_the_update_of_the_paper_up_to_its_first_gates() -> None:
     y, _ = Gated(forget_bias=2.0, bound=1e6).forward(x, torch.stack([shift, s])[None])
     gate, first = torch.sigmoid(s + 2), torch.sigmoid(torch.tensor(2.0))
     torch.testing.assert_close(y, gate * x / first + (1 - gate) / (1 - first) * shift)
+    # A step of the network's outputs moves a shift as far as without a gate.
+    torch.testing.assert_close(Gated().forward(x, torch.stack([shift, 0 * s])[None])[0], x + shift)

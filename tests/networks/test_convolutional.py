@@ -29,7 +29,8 @@ def test_formula(kernel_size: int) -> None:
     first, last = network.layers
     shift = network.from_context.weight @ context
     hidden = torch.tanh(convolution(x, first.weight, first.bias + shift))
-    torch.testing.assert_close(network(x, context), convolution(hidden, last.weight, last.bias))
+    out_shift = network.context_to_output.weight @ context
+    torch.testing.assert_close(network(x, context), convolution(hidden, last.weight, last.bias + out_shift))
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (2, 3), (0,), (2, 0)])
