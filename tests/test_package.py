@@ -10,7 +10,7 @@ import pytest
 from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
+ROOMS = ["arguments", "networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
 ROOMS += ["modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
