@@ -1,28 +1,43 @@
 """Checks of what a user passes: each raises one sentence that names the argument, what came and what is accepted."""
 
+import collections.abc
 import difflib
+import functools
+import inspect
 import math
 import numbers
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from types import NoneType, UnionType
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 
-def check_whole_number(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+def check_whole_number(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
     """Return a whole number within bounds, as a Python int.
 
     Args:
         name: The argument's name.
         value: What came: a Python or NumPy integer. Other types are refused, `True` and `2.0` too.
-        least: The smallest number that is accepted.
+        least: The smallest number that is accepted; `None` for no bound.
         most: The largest; `None` for no bound.
 
     Raises:
         ValueError: If it is no whole number, or out of bounds.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
-        raise ValueError(f"{name} must be a whole number {bounds}; got {_shown(value)}")
+    if not whole or (least is not None and value < least) or (most is not None and value > most):
+        bounds = "" if least is None else f" of at least {least}" if most is None else f" from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number{bounds}; got {_shown(value)}")
     return int(value)
 
 
@@ -88,3 +103,116 @@ def _shown(value: Any) -> str:
     text = text if len(text) <= 80 else f"{text[:77]}..."
     plain = value is None or isinstance(value, (bool, int, float, str))
     return text if plain else f"{text} (a {type(value).__name__})"
+
+
+class AtLeast(NamedTuple):
+    """Mark of an annotated number: `Annotated[int, AtLeast(1)]`."""
+
+    least: float
+
+
+class Above(NamedTuple):
+    """Mark of an annotated number: `Annotated[float, Above(0)]`."""
+
+    bound: float
+
+
+Size = Annotated[int, AtLeast(1)]
+"""A positive whole number."""
+Count = Annotated[int, AtLeast(0)]
+"""A whole number that is not negative."""
+Positive = Annotated[float, Above(0)]
+"""A positive number."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """Check the arguments of a function by their annotations at each call, before it begins.
+
+    Checked are numbers (with the bounds that `Size`, `Count`, `Positive` and `Annotated` state), flags, strings, the
+    choices of a `Literal`, sequences of numbers, tensors, and what is annotated as a class of torch or of this
+    library; an argument annotated `X | None` may be `None`. Other annotations say nothing here.
+
+    Raises:
+        ValueError: From the function it decorates, for the first argument that is not as annotated, naming it.
+    """
+    hints: dict[str, Any] = {}
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if not hints:  # at the first call, when every name that an annotation may use is there
+            hints.update(get_type_hints(function, include_extras=True))
+            hints.pop("return", None)
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # too many arguments, or too few: Python's own message, from the function itself
+            return function(*args, **kwargs)
+        for name, value in given.items():
+            if name in hints:
+                kind = signature.parameters[name].kind
+                values = value if kind is inspect.Parameter.VAR_POSITIONAL else (value,)
+                if kind is not inspect.Parameter.VAR_KEYWORD:
+                    for each in values:
+                        _check(name, each, hints[name])
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Raise a `ValueError` unless a value is what an annotation says."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        _check_union(name, value, parts)
+    elif origin is Literal:
+        check_choice(name, value, parts)
+    elif origin is Annotated:
+        base, mark = parts[0], parts[1]
+        if base is int:
+            check_whole_number(name, value, least=int(mark.least))
+        elif isinstance(mark, Above):
+            check_number(name, value, above=mark.bound)
+        else:
+            check_number(name, value, least=mark.least)
+    elif hint is int:
+        check_whole_number(name, value, least=None)
+    elif hint is float:
+        check_number(name, value)
+    elif hint is bool:
+        check_flag(name, value)
+    elif origin in (list, collections.abc.Sequence) and parts and parts[0] is not Any:
+        _check_sequence(name, value, parts[0])
+    elif origin is collections.abc.Callable:
+        if not callable(value):
+            raise ValueError(f"{name} must be callable; got {_shown(value)}")
+    elif isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and not isinstance(value, hint):
+        raise ValueError(f"{name} must be a {hint.__name__}; got {_shown(value)}")
+
+
+def _check_union(name: str, value: Any, parts: tuple[Any, ...]) -> None:
+    """Accept what one of the parts accepts; if there is but one beside `None`, that one says what is wrong."""
+    real = [part for part in parts if part is not NoneType]
+    if value is None and len(real) < len(parts):
+        return
+    errors = []
+    for part in real:
+        try:
+            _check(name, value, part)
+        except ValueError as error:
+            errors.append(str(error))
+        else:
+            return
+    if len(errors) == 1:
+        raise ValueError(errors[0])
+    accepted = " or ".join(error.removeprefix(f"{name} must be ").partition("; got ")[0] for error in errors)
+    raise ValueError(f"{name} must be {accepted}; got {_shown(value)}")
+
+
+def _check_sequence(name: str, value: Any, part: Any) -> None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, (collections.abc.Sequence, range)):
+        raise ValueError(f"{name} must be a list or a tuple; got {_shown(value)}")
+    for index, each in enumerate(value):
+        _check(f"{name}[{index}]", each, part)
