@@ -7,6 +7,7 @@ import pyro.distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Size, checked
 from pyro_nf.models.likelihoods import BernoulliLikelihood, Likelihood
 from pyro_nf.networks import MLP
 
@@ -38,12 +39,11 @@ class VAE(PyroModule):  # type: ignore[misc]
         torch.Size([4, 6])
     """
 
+    @checked
     def __init__(
-        self, data_dim: int, latent_dim: int, decoder: nn.Module, likelihood: Likelihood | None = None
+        self, data_dim: Size, latent_dim: Size, decoder: nn.Module, likelihood: Likelihood | None = None
     ) -> None:
         super().__init__()
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be positive; got {latent_dim}")
         self.data_dim, self.latent_dim = data_dim, latent_dim
         self.likelihood = likelihood or BernoulliLikelihood()
         self.decoder = decoder
@@ -89,17 +89,18 @@ class DLGM(PyroModule):  # type: ignore[misc]
         torch.Size([4, 6])
     """
 
+    @checked
     def __init__(
         self,
-        data_dim: int,
-        latent_dims: Sequence[int],
-        hidden_dims: Sequence[int],
+        data_dim: Size,
+        latent_dims: Sequence[Size],
+        hidden_dims: Sequence[Size],
         likelihood: Likelihood | None = None,
         network: Callable[[int, Sequence[int], int], nn.Module] = MLP,
     ) -> None:
         super().__init__()
-        if not latent_dims or min(latent_dims) < 1:
-            raise ValueError(f"latent_dims must hold the positive width of each layer; got {tuple(latent_dims)}")
+        if not latent_dims:
+            raise ValueError("latent_dims must hold the width of each layer; got none")
         self.data_dim = data_dim
         self.latent_dims = tuple(latent_dims)
         self.likelihood = likelihood or BernoulliLikelihood()

@@ -8,6 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Size, check_real_tensor, checked
+
 SCHOOLS = ("A", "B", "C", "D", "E", "F", "G", "H")
 
 
@@ -82,7 +84,8 @@ def log_marginal(mu: Tensor, tau: Tensor, sigma: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def grid_posterior(sigma: Tensor, y: Tensor, num_mu: int = 400, num_log_tau: int = 400) -> GridPosterior:
+@checked
+def grid_posterior(sigma: Tensor, y: Tensor, num_mu: Size = 400, num_log_tau: Size = 400) -> GridPosterior:
     """Return the exact posterior of (mu, log tau), by quadrature on -20 <= mu <= 30, -12 <= log tau <= 7.
 
     What the grid leaves out weighs less than 1e-5.
@@ -93,6 +96,8 @@ def grid_posterior(sigma: Tensor, y: Tensor, num_mu: int = 400, num_log_tau: int
         num_mu: Points in mu.
         num_log_tau: Points in log tau.
     """
+    check_real_tensor("sigma", sigma, (None,), batch=False)
+    check_real_tensor("y", y, sigma.shape)
     options: dict[str, Any] = {"dtype": torch.float64, "device": y.device}
     mu = torch.linspace(-20.0, 30.0, num_mu, **options)
     log_tau = torch.linspace(-12.0, 7.0, num_log_tau, **options)

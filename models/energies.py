@@ -10,6 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Size, checked
+
 # The energies' square is [-HALF_WIDTH, HALF_WIDTH]^2.
 HALF_WIDTH = 4.0
 # The sine's frequency is below this.
@@ -62,6 +64,7 @@ def u4(z: Tensor) -> Tensor:
 ENERGIES = MappingProxyType({"U1": u1, "U2": u2, "U3": u3, "U4": u4})
 
 
+@checked
 def box(dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
     """Return the upper right corner of the square, `(2,)`: the argument of `energy`."""
     return torch.full((2,), HALF_WIDTH, dtype=dtype, device=device)
@@ -94,7 +97,8 @@ def energy(potential: Callable[[Tensor], Tensor], corner: Tensor) -> None:
     pyro.factor("energy", (2.0 * corner).log().sum() - potential(z))
 
 
-def energy_grid(potential: Callable[[Tensor], Tensor], num_points: int = 1000, corner: Tensor | None = None) -> Grid:
+@checked
+def energy_grid(potential: Callable[[Tensor], Tensor], num_points: Size = 1000, corner: Tensor | None = None) -> Grid:
     """Return the exact density on `num_points` x `num_points` points; `points[i, j]` is at the i-th z_1, j-th z_2.
 
     At 1,000 points the log evidence is that of 4,000 within 1e-6 nats.
@@ -108,9 +112,16 @@ def energy_grid(potential: Callable[[Tensor], Tensor], num_points: int = 1000, c
     sides = [_middles(-float(end), float(end), num_points).to(corner) for end in corner]
     points = torch.stack(torch.meshgrid(*sides, indexing="ij"), -1)
     cell = math.prod(2.0 * float(end) / num_points for end in corner)
-    return _grid(points, -potential(points), cell)
+    try:
+        values = potential(points)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"potential must be a function of points (*batch, 2); it fails with {error}") from error
+    if not isinstance(values, Tensor) or values.shape != points.shape[:-1]:
+        raise ValueError(f"potential must return a number for each point; got {values!r}")
+    return _grid(points, -values, cell)
 
 
+@checked
 def sine_data(dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
     """Return the times 0, 5/6 and 10/6 and the observations there, all zero: the arguments of `sine`."""
     t = torch.tensor([0.0, 5.0 / 6.0, 10.0 / 6.0], dtype=dtype, device=device)
@@ -137,7 +148,8 @@ def sine(t: Tensor, y: Tensor) -> Tensor:
     return result
 
 
-def sine_grid(t: Tensor, y: Tensor, num_points: int = 10_000) -> Grid:
+@checked
+def sine_grid(t: Tensor, y: Tensor, num_points: Size = 10_000) -> Grid:
     """Return the exact posterior of the sine's frequency on `num_points` points of (0, 2).
 
     Args:

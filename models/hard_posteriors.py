@@ -13,6 +13,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
+from pyro_nf.arguments import Positive, Size, checked
 from pyro_nf.models import fertility, motorcycle
 
 # The rotations are drawn from this seed; RandomState is frozen, the same numbers in every version of NumPy.
@@ -126,6 +127,7 @@ def normal(scale_tril: Tensor) -> None:
     pyro.sample("z", dist.MultivariateNormal(scale_tril.new_zeros(len(scale_tril)), scale_tril=scale_tril))
 
 
+@checked
 def double_well(tilt: float = 0.5, curvature: float = 6.0, quartic: float = 1.0) -> DoubleWell:
     """Return the figures of the density proportional to `exp(tilt x + curvature x^2 - quartic x^4)`.
 
@@ -144,7 +146,8 @@ def double_well(tilt: float = 0.5, curvature: float = 6.0, quartic: float = 1.0)
     return DoubleWell(float(np.log(integral)), float(right), float(mean), float(sd))
 
 
-def scale_tril_of_condition(dim: int, condition: float = 1e8, **options: Any) -> Tensor:
+@checked
+def scale_tril_of_condition(dim: Size, condition: Positive = 1e8, **options: Any) -> Tensor:
     r"""Return the Cholesky factor of a covariance `Q diag(variances) Q'` with a random rotation Q, always the same.
 
     The variances go from `condition^(-1/2)` to `condition^(1/2)` in equal ratios.
@@ -169,6 +172,7 @@ def names() -> list[str]:
     return sorted(_MAKERS)
 
 
+@checked
 def load(name: str, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> HardPosterior:
     """Return one of the posteriors.
 

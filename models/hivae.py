@@ -8,6 +8,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Size, checked
 from pyro_nf.models.rows import IncompleteRows, Layout
 from pyro_nf.models.tables import Table
 from pyro_nf.networks import MLP, MaskedLinear, start_at_zero
@@ -57,21 +58,18 @@ class HIVAE(PyroModule):  # type: ignore[misc]
         torch.Size([3, 2])
     """
 
+    @checked
     def __init__(
         self,
         table: Table,
-        latent_dim: int = 10,
-        num_components: int = 10,
-        y_dim: int = 5,
-        hidden_dims: Sequence[int] = (),
+        latent_dim: Size = 10,
+        num_components: Size = 10,
+        y_dim: Size = 5,
+        hidden_dims: Sequence[Size] = (),
         neighbours: bool = False,
-        neighbour_dim: int = 64,
+        neighbour_dim: Size = 64,
     ) -> None:
         super().__init__()
-        sizes = {"latent_dim": latent_dim, "num_components": num_components, "y_dim": y_dim}
-        for name, size in {**sizes, "neighbour_dim": neighbour_dim}.items():
-            if size < 1:
-                raise ValueError(f"{name} must be positive; got {size!r}")
         self.latent_dim = latent_dim
         self.layout = Layout(table)
         like, num_columns = table.values, len(table.columns)
@@ -147,7 +145,8 @@ class TableEncoder(nn.Module):
         out_features: Width of the output, after a nonlinearity.
     """
 
-    def __init__(self, table: Table, hidden_dims: Sequence[int], out_features: int) -> None:
+    @checked
+    def __init__(self, table: Table, hidden_dims: Sequence[Size], out_features: Size) -> None:
         super().__init__()
         self.features = _Features(table)
         network = MLP(len(self.features.column_of), hidden_dims, out_features)

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import check_real_tensor, checked
 from pyro_nf.models.files import Files, Remote
 
 Pixels = npt.NDArray[np.uint8]
@@ -84,6 +85,7 @@ _NUM_VALIDATION = 10_000
 _HELD_OUT = {"Omniglot": (500, 1000), "Caltech silhouettes": (2264, 2307), "Frey faces": (200, 200)}
 
 
+@checked
 def load_static_mnist(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -120,6 +122,7 @@ def load_static_mnist(
     return _images(pixels, (1, 28, 28), dtype, device)
 
 
+@checked
 def load_mnist(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -150,6 +153,7 @@ def load_mnist(
     return _images([train[:-_NUM_VALIDATION], train[-_NUM_VALIDATION:], test], (1, 28, 28), dtype, device)
 
 
+@checked
 def load_omniglot(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -189,6 +193,7 @@ def load_omniglot(
     return _images(_shuffled_parts(pixels, "Omniglot"), (1, 28, 28), dtype, device)
 
 
+@checked
 def load_caltech_silhouettes(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -223,6 +228,7 @@ def load_caltech_silhouettes(
     return _images(_shuffled_parts(pixels, "Caltech silhouettes"), (1, 28, 28), dtype, device)
 
 
+@checked
 def load_frey_faces(
     folder: str | os.PathLike[str] | None = None,
     *,
@@ -260,14 +266,25 @@ def load_frey_faces(
     return _images(_shuffled_parts(pixels, "Frey faces"), (1, 28, 20), dtype, device)
 
 
+@checked
 def binarize(levels: Tensor) -> Tensor:
     """Draw a binary image from grey levels 0 to 255: each pixel is 1 with probability `level / 255`."""
-    return torch.bernoulli(levels / 255)
+    return torch.bernoulli(_grey("levels", levels) / 255)
 
 
+@checked
 def dequantize(levels: Tensor) -> Tensor:
     """Draw a continuous image from grey levels 0 to 255: `(level + u) / 256`, u uniform on [0, 1)."""
-    return (levels + torch.rand_like(levels)) / 256
+    return (_grey("levels", levels) + torch.rand_like(levels)) / 256
+
+
+def _grey(name: str, levels: Tensor) -> Tensor:
+    check_real_tensor(name, levels)
+    if not bool(((levels >= 0) & (levels <= 255)).all()):
+        raise ValueError(
+            f"{name} must be grey levels from 0 to 255; got {float(levels.min())} to {float(levels.max())}"
+        )
+    return levels
 
 
 class Resampled:
@@ -293,8 +310,9 @@ class Resampled:
         True
     """
 
+    @checked
     def __init__(self, source: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-        self.source, self.draw = source, draw
+        self.source, self.draw = check_real_tensor("source", source), draw
         self.values = draw(source)
 
     def __call__(self, evaluation: Any = None) -> None:

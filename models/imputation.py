@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Size, checked
 from pyro_nf.models.hivae import HIVAE
 from pyro_nf.models.tables import Column, Table
 
@@ -35,7 +36,8 @@ class Imputation(NamedTuple):
 
 
 @torch.no_grad()
-def impute(model: HIVAE, guide: Posterior, table: Table, num_samples: int = 50, batch_size: int = 500) -> Imputation:
+@checked
+def impute(model: HIVAE, guide: Posterior, table: Table, num_samples: Size = 50, batch_size: Size = 500) -> Imputation:
     """Predict the missing entries of a table by draws of the latents.
 
     Args:
@@ -48,9 +50,6 @@ def impute(model: HIVAE, guide: Posterior, table: Table, num_samples: int = 50, 
     Raises:
         ValueError: If a number is not positive.
     """
-    for name, number in {"num_samples": num_samples, "batch_size": batch_size}.items():
-        if number < 1:
-            raise ValueError(f"{name} must be positive; got {number!r}")
     mean, mode = table.values.clone(), table.values.clone()
     log_prob = torch.full_like(mean, math.nan)
     for rows in torch.arange(len(mean), device=mean.device).split(batch_size):
@@ -63,6 +62,7 @@ def impute(model: HIVAE, guide: Posterior, table: Table, num_samples: int = 50, 
     return Imputation(mean, mode, log_prob)
 
 
+@checked
 def impute_by_column(table: Table) -> Tensor:
     """Return the table with each entry that is not observed replaced by its column's mean, or most frequent class.
 
@@ -80,6 +80,7 @@ def impute_by_column(table: Table) -> Tensor:
     return filled
 
 
+@checked
 def errors(table: Table, imputed: Tensor) -> dict[str, float]:
     r"""Return the error of each column on the entries that are known but not observed.
 
@@ -109,6 +110,7 @@ def errors(table: Table, imputed: Tensor) -> dict[str, float]:
     return found
 
 
+@checked
 def error_by_kind(columns: Sequence[Column], by_column: dict[str, float]) -> dict[str, float]:
     """Return the mean error of the columns of each kind, and of `all`."""
     kinds = {column.name: column.kind for column in columns}

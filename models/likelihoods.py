@@ -1,7 +1,7 @@
 """Likelihoods of a decoder's data: what its outputs mean."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pyro.distributions as dist
 import torch
@@ -9,6 +9,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_nf.arguments import check_whole_number
 from pyro_nf.flows.numerics import soft_bound
 
 # Bounds the density: an autoencoder could otherwise put an infinite one on a constant pixel.
@@ -17,6 +18,7 @@ _MIN_SCALE = 1e-3
 _LOG_SCALE_BOUND = 7.0
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """A decoder's head: outputs to a distribution of data with event shape `(data_dim,)`.
 
@@ -77,8 +79,7 @@ class CategoricalLikelihood:
     num_classes: int
 
     def __post_init__(self) -> None:
-        if self.num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2; got {self.num_classes}")
+        check_whole_number("num_classes", self.num_classes, least=2)
 
     @property
     def num_params(self) -> int:
@@ -124,10 +125,9 @@ class LogisticMixtureLikelihood:
     num_levels: int | None = 256
 
     def __post_init__(self) -> None:
-        if self.num_components < 1:
-            raise ValueError(f"num_components must be at least 1; got {self.num_components}")
-        if self.num_levels is not None and self.num_levels < 2:
-            raise ValueError(f"num_levels must be at least 2, or None for real values; got {self.num_levels}")
+        check_whole_number("num_components", self.num_components)
+        if self.num_levels is not None:
+            check_whole_number("num_levels", self.num_levels, least=2)
 
     @property
     def num_params(self) -> int:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import checked
 from pyro_nf.models.files import Files, Remote
 
 KINDS = ("real", "pos", "count", "cat", "ordinal")
@@ -96,6 +97,7 @@ def names() -> list[str]:
     return sorted(_FILES)
 
 
+@checked
 def load(
     name: str,
     percent_missing: int,
@@ -133,6 +135,7 @@ def load(
     return read(data, types, missing, dtype=dtype, device=device)
 
 
+@checked
 def read(
     data: str | os.PathLike[str],
     types: str | os.PathLike[str],
@@ -172,6 +175,7 @@ def read(
     return make(columns, values.to(device, dtype), observed.to(device))
 
 
+@checked
 def make(columns: Sequence[Column], values: Tensor, observed: Tensor | None = None) -> Table:
     """Return a table, after a look at every entry.
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from types import NoneType, UnionType
 from typing import (
     Annotated,
@@ -18,8 +18,9 @@ from typing import (
     Union,
     get_args,
     get_origin,
-    get_type_hints,
 )
+
+from torch import Tensor
 
 
 def check_whole_number(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:
@@ -105,6 +106,34 @@ def _shown(value: Any) -> str:
     return text if plain else f"{text} (a {type(value).__name__})"
 
 
+def check_real_tensor(
+    name: str, value: Any, event_shape: Sequence[int | None] = (), *, batch: bool = True, finite: bool = True
+) -> Tensor:
+    """Return a tensor of real floating-point numbers, at least one, that has numbers (it is not on "meta").
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        event_shape: What its last dimensions must be; `None` for a dimension of any size.
+        batch: Whether dimensions before these are accepted.
+        finite: Whether NaN and infinities are refused.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    shape = tuple(value.shape) if isinstance(value, Tensor) else ()
+    last = shape[len(shape) - len(event_shape) :] if batch else shape
+    fits = len(last) == len(event_shape) and all(w in (None, g) for w, g in zip(event_shape, last, strict=True))
+    if not isinstance(value, Tensor) or value.is_meta or not value.is_floating_point() or not fits or not value.numel():
+        sizes = ", ".join([*["*batch"] * batch, *("any" if size is None else str(size) for size in event_shape)])
+        got = f"{value.dtype} of shape {shape} on {value.device}" if isinstance(value, Tensor) else _shown(value)
+        raise ValueError(f"{name} must be a tensor of real numbers, at least one, of shape ({sizes}); got {got}")
+    if finite and not bool(value.isfinite().all()):
+        broken = int((~value.isfinite()).sum())
+        raise ValueError(f"{name} must be finite; {broken} of its {value.numel()} numbers are NaN or infinite")
+    return value
+
+
 class AtLeast(NamedTuple):
     """Mark of an annotated number: `Annotated[int, AtLeast(1)]`."""
 
@@ -138,14 +167,12 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
     Raises:
         ValueError: From the function it decorates, for the first argument that is not as annotated, naming it.
     """
-    hints: dict[str, Any] = {}
     signature = inspect.signature(function)
+    # Names in quotes are of modules that are imported for type checkers alone.
+    hints = {name: hint for name, hint in function.__annotations__.items() if not isinstance(hint, str)}
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        if not hints:  # at the first call, when every name that an annotation may use is there
-            hints.update(get_type_hints(function, include_extras=True))
-            hints.pop("return", None)
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # too many arguments, or too few: Python's own message, from the function itself
@@ -188,8 +215,13 @@ def _check(name: str, value: Any, hint: Any) -> None:
     elif origin is collections.abc.Callable:
         if not callable(value):
             raise ValueError(f"{name} must be callable; got {_shown(value)}")
-    elif isinstance(hint, type) and not getattr(hint, "_is_protocol", False) and not isinstance(value, hint):
-        raise ValueError(f"{name} must be a {hint.__name__}; got {_shown(value)}")
+    elif isinstance(origin or hint, type) and not _is_plain_protocol(hint) and not isinstance(value, origin or hint):
+        raise ValueError(f"{name} must be a {(origin or hint).__name__}; got {_shown(value)}")
+
+
+def _is_plain_protocol(hint: Any) -> bool:
+    """Whether this is a protocol that cannot be asked for its instances."""
+    return getattr(hint, "_is_protocol", False) and not getattr(hint, "_is_runtime_protocol", False)
 
 
 def _check_union(name: str, value: Any, parts: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_nf.arguments import AtLeast, Count, Size, checked
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.noise import GivenNoise
@@ -70,18 +71,13 @@ class ELBO(pyro.infer.ELBO):
         True
     """
 
+    @checked
     def __init__(
         self,
-        num_particles: int = 256,
+        num_particles: Size = 256,
         sticking_the_landing: bool | Literal["auto"] = True,
-        annealing_steps: int = 0,
+        annealing_steps: Count = 0,
     ) -> None:
-        if not isinstance(num_particles, int) or num_particles < 1:
-            raise ValueError(f"num_particles must be a positive whole number; got {num_particles!r}")
-        if not isinstance(annealing_steps, int) or annealing_steps < 0:
-            raise ValueError(f"annealing_steps must be a whole number, not negative; got {annealing_steps!r}")
-        if sticking_the_landing not in (True, False, "auto"):
-            raise ValueError(f"sticking_the_landing must be True, False or 'auto'; got {sticking_the_landing!r}")
         super().__init__(num_particles=num_particles, vectorize_particles=True)
         self.sticking_the_landing, self.annealing_steps = sticking_the_landing, annealing_steps
         self.path_gradient = bool(sticking_the_landing)
@@ -230,17 +226,14 @@ class WarmUpELBO(ELBO):
         True
     """
 
+    @checked
     def __init__(
         self,
-        warmup_steps: int = 0,
-        free_bits: float = 0.0,
-        num_particles: int = 256,
+        warmup_steps: Count = 0,
+        free_bits: Annotated[float, AtLeast(0)] = 0.0,
+        num_particles: Size = 256,
         sticking_the_landing: bool | Literal["auto"] = True,
     ) -> None:
-        if not isinstance(warmup_steps, int) or warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be a whole number, not negative; got {warmup_steps!r}")
-        if not free_bits >= 0:
-            raise ValueError(f"free_bits must not be negative; got {free_bits!r}")
         super().__init__(num_particles, sticking_the_landing, annealing_steps=warmup_steps)
         self.free_bits = free_bits
 
@@ -306,9 +299,8 @@ class IWELBO(ELBO):
         reparameterized gradient estimators for Monte Carlo objectives", arXiv:1810.04152, equation 8.
     """
 
-    def __init__(self, num_importance_samples: int = 16, num_particles: int = 256) -> None:
-        if not isinstance(num_importance_samples, int) or num_importance_samples < 1:
-            raise ValueError(f"num_importance_samples must be a positive whole number; got {num_importance_samples!r}")
+    @checked
+    def __init__(self, num_importance_samples: Size = 16, num_particles: Size = 256) -> None:
         super().__init__(num_particles=num_particles)
         self.num_importance_samples = num_importance_samples
 

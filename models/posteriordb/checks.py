@@ -13,6 +13,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from pyro_nf.arguments import Size, checked
 from pyro_nf.models.posteriordb.loader import Posterior
 from pyro_nf.tracing import is_latent, log_prob_sum
 
@@ -38,6 +39,7 @@ class Evidence(NamedTuple):
     ess_fraction: float
 
 
+@checked
 def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
     r"""Return z-scores of Stein's identities, `E[g_j] = 0` and `E[(z_j - E z_j) g_j] = -1`, over the reference draws.
 
@@ -77,7 +79,8 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
     return {"shift": _scores(gradient), "spread": _scores((z - z.mean(0)) * gradient + 1)}
 
 
-def importance_evidence(posterior: Posterior, num_draws: int = 10_000, seed: int = 0) -> Evidence:
+@checked
+def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: int = 0) -> Evidence:
     """Estimate the evidence by importance sampling from a Student-t with the reference draws' mean and covariance.
 
     Args:

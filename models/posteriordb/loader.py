@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import checked
 from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
 
 _VARIABLE = "PYRO_NF_POSTERIORDB"
@@ -54,6 +55,7 @@ def names() -> list[str]:
     return sorted(ENTRIES)
 
 
+@checked
 def load(
     name: str,
     folder: str | os.PathLike[str] | None = None,

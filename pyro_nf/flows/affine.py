@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import (
     LOG_SCALE_BOUND,
@@ -40,8 +41,9 @@ class ElementwiseAffine(Flow):
         tensor([3., 3.], grad_fn=<AddBackward0>)
     """
 
+    @checked
     def __init__(
-        self, dim: int, context_dim: int = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
+        self, dim: Size, context_dim: Count = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
     ) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters(_initial(dim, loc, scale), context_dim)
@@ -86,8 +88,9 @@ class LowerTriangularAffine(Flow):
 
     tril_index: Tensor
 
+    @checked
     def __init__(
-        self, dim: int, context_dim: int = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
+        self, dim: Size, context_dim: Count = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
     ) -> None:
         super().__init__((dim,), context_dim)
         initial = _initial(dim, loc, scale)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.transformers import Affine, Transformer
 from pyro_nf.networks import MADE
@@ -33,13 +34,14 @@ class Autoregressive(Flow):
         Papamakarios, Pavlakou, Murray (2017), "Masked autoregressive flow", arXiv:1705.07057, equations 2-5.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         transformer: Transformer | None = None,
-        hidden_dims: Sequence[int] | None = None,
+        hidden_dims: Sequence[Size] | None = None,
         reverse: bool = False,
-        context_dim: int = 0,
+        context_dim: Count = 0,
     ) -> None:
         super().__init__((dim,), context_dim)
         self.transformer = transformer or Affine()

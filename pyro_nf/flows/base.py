@@ -8,6 +8,8 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_nf.arguments import Count, Size, checked
+
 
 class Flow(TransformModule):
     r"""An invertible map of R^n with trainable parameters, and the log-determinants of both directions.
@@ -27,7 +29,8 @@ class Flow(TransformModule):
 
     bijective = True
 
-    def __init__(self, event_shape: Sequence[int], context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, event_shape: Sequence[Size], context_dim: Count = 0) -> None:
         super().__init__()
         sizes = tuple(event_shape) if isinstance(event_shape, Sequence) else ()
         if context_dim < 0 or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
@@ -137,6 +140,7 @@ class Sequential(Flow):
         torch.Size([5])
     """
 
+    @checked
     def __init__(self, *flows: Flow) -> None:
         if not flows:
             raise ValueError("Sequential takes at least one flow; got none")
@@ -189,6 +193,7 @@ class Inverse(Flow):
         flow: The flow to swap.
     """
 
+    @checked
     def __init__(self, flow: Flow) -> None:
         super().__init__(flow.event_shape, flow.context_dim)
         self.flow = flow

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
 from pyro_nf.networks import MaskedLinear, freeze, start_at_zero
@@ -51,10 +52,11 @@ class BlockAutoregressive(Flow):
         True
     """
 
-    def __init__(self, dim: int, units: int = 8, depth: int = 2, reverse: bool = False, context_dim: int = 0) -> None:
+    @checked
+    def __init__(
+        self, dim: Size, units: Size = 8, depth: Size = 2, reverse: bool = False, context_dim: Count = 0
+    ) -> None:
         super().__init__((dim,), context_dim)
-        if units < 1 or depth < 1:
-            raise ValueError(f"units and depth must be at least 1; got {units} and {depth}")
         self.reverse = reverse
         widths = [1, *[units] * depth, 1]
         self.layers = nn.ModuleList(_BlockLinear(dim, *pair) for pair in pairwise(widths))

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.coupling import Coupling
 from pyro_nf.flows.numerics import soft_bound
@@ -41,7 +42,8 @@ class CircularConvolution(Flow):
         tensor([1.0000, 0.1000, 0.0000, 0.0000])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters({"cepstrum": torch.zeros(dim)}, context_dim)
 
@@ -81,7 +83,8 @@ class SymmetricConvolution(Flow):
         tensor([0.0821, 0.0821, 0.0821, 0.0821])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters({"log_gain": torch.zeros(dim)}, context_dim)
 
@@ -126,13 +129,14 @@ class ConvolutionCoupling(Coupling):
         tensor([0., 1., 2., 3.])
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         mask: Sequence[bool] | None = None,
         kind: Literal["circular", "symmetric"] = "circular",
-        hidden_dims: Sequence[int] = (32, 32),
-        context_dim: int = 0,
+        hidden_dims: Sequence[Size] = (32, 32),
+        context_dim: Count = 0,
     ) -> None:
         if kind not in _KINDS:
             raise ValueError(f"kind must be 'circular' or 'symmetric'; got {kind!r}")

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.transformers import Affine, Transformer
 from pyro_nf.networks import MLP, ContextParameters
@@ -37,13 +38,14 @@ class Coupling(Flow):
     order: Tensor
     restore: Tensor
 
+    @checked
     def __init__(
         self,
-        dim: int,
+        dim: Size,
         mask: Sequence[bool] | None = None,
         transformer: Transformer | None = None,
-        hidden_dims: Sequence[int] = (32, 32),
-        context_dim: int = 0,
+        hidden_dims: Sequence[Size] = (32, 32),
+        context_dim: Count = 0,
     ) -> None:
         super().__init__((dim,), context_dim)
         mask = [i >= dim // 2 for i in range(dim)] if mask is None else list(mask)

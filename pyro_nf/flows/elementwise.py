@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import LOG_SCALE_BOUND, soft_bound
 from pyro_nf.networks import ContextParameters
@@ -33,7 +34,8 @@ class PReLU(Flow):
         tensor([-1.,  3.])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters({"log_alpha": torch.zeros(dim)}, context_dim)
 
@@ -71,7 +73,8 @@ class LeakyReLU(Flow):
         tensor([-0.5000,  3.0000])
     """
 
-    def __init__(self, dim: int, alpha: float = 0.01) -> None:
+    @checked
+    def __init__(self, dim: Size, alpha: float = 0.01) -> None:
         super().__init__((dim,))
         if not 0 < alpha < math.inf:
             raise ValueError(f"alpha must be a positive, finite number; got {alpha}")
@@ -116,7 +119,8 @@ class SLog(Flow):
         tensor([-1.3863,  1.8326])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters({"alpha": torch.zeros(dim)}, context_dim)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular
 from pyro_nf.networks import ContextParameters, freeze
@@ -40,10 +41,9 @@ class Householder(Flow):
         5.0
     """
 
-    def __init__(self, dim: int, num_reflections: int = 2, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, num_reflections: Size = 2, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
-        if num_reflections < 1:
-            raise ValueError(f"num_reflections must be at least 1; got {num_reflections}")
         pairs = torch.randn((num_reflections + 1) // 2, dim).repeat_interleave(2, 0)
         self.params = ContextParameters({"directions": pairs[:num_reflections]}, context_dim)
         if dim == 1:

@@ -4,11 +4,12 @@ Every flow has one event shape at both ends, so that base and data are images of
 """
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow, Sequential
 from pyro_nf.flows.transformers import Affine, Transformer
 from pyro_nf.networks.convolutional import ConvNet
@@ -40,7 +41,8 @@ class Channelwise(Flow):
         torch.Size([5])
     """
 
-    def __init__(self, flow: Flow, height: int, width: int) -> None:
+    @checked
+    def __init__(self, flow: Flow, height: Size, width: Size) -> None:
         if len(flow.event_shape) != 1:
             raise ValueError(f"flow must be a flow of vectors (channels,); got event_shape {tuple(flow.event_shape)}")
         super().__init__((*flow.event_shape, height, width), flow.context_dim)
@@ -80,6 +82,7 @@ class Squeezed(Flow):
         torch.Size([1, 6, 6])
     """
 
+    @checked
     def __init__(self, flow: Flow) -> None:
         if len(flow.event_shape) != 3 or flow.event_shape[0] % 4:
             raise ValueError(
@@ -126,7 +129,8 @@ class Split(Flow):
         torch.Size([5, 4, 4, 4])
     """
 
-    def __init__(self, flow: Flow, channels: int) -> None:
+    @checked
+    def __init__(self, flow: Flow, channels: Size) -> None:
         if len(flow.event_shape) != 3:
             raise ValueError(
                 f"flow must be a flow of images (channels, height, width); got event_shape {tuple(flow.event_shape)}"
@@ -185,14 +189,15 @@ class ImageCoupling(Flow):
 
     transformed: Tensor
 
+    @checked
     def __init__(
         self,
-        event_shape: Sequence[int],
+        event_shape: Sequence[Size],
         mask: Literal["checkerboard", "channel"] = "checkerboard",
         invert: bool = False,
         transformer: Transformer | None = None,
-        hidden_channels: Sequence[int] = (32, 32),
-        context_dim: int = 0,
+        hidden_channels: Sequence[Size] = (32, 32),
+        context_dim: Count = 0,
     ) -> None:
         super().__init__(event_shape, context_dim)
         if len(self.event_shape) != 3:
@@ -231,8 +236,9 @@ class ImageCoupling(Flow):
         return torch.where(self.transformed, moved, x), torch.where(self.transformed, log_det, 0.0).sum((-3, -2, -1))
 
 
+@checked
 def multiscale(
-    event_shape: Sequence[int], num_scales: int, steps: Callable[[tuple[int, int, int], bool], Sequence[Flow]]
+    event_shape: Sequence[Size], num_scales: Size, steps: Callable[[tuple[int, int, int], bool], Sequence[Flow]]
 ) -> Sequential:
     r"""Build a multi-scale architecture, the nesting of `Squeezed` and `Split` of Real NVP and Glow.
 
@@ -281,18 +287,29 @@ def multiscale(
         ...     return Sequential(ImageCoupling((c, h, w), "channel"), Channelwise(mix, h, w))
         >>> flow = multiscale((1, 8, 8), 2, lambda s, squeezed: [step(*s) for _ in range(3)] if squeezed else [])
     """
-    if len(event_shape) != 3 or num_scales < 1 or any(size % 2**num_scales for size in event_shape[1:]):
+    if len(event_shape) != 3 or any(size % 2**num_scales for size in event_shape[1:]):
         raise ValueError(
             "event_shape must be (channels, height, width), height and width multiples of 2 ** num_scales, num_scales "
             f">= 1; got {tuple(event_shape)} and num_scales={num_scales}"
         )
     channels, height, width = event_shape
     squeezed = (4 * channels, height // 2, width // 2)
-    inner = list(steps(squeezed, True))
+    inner = _flows(steps, squeezed, True)
     if num_scales > 1:
         coarser = multiscale((2 * channels, height // 2, width // 2), num_scales - 1, steps)
         inner.insert(0, Split(coarser, 4 * channels))
-    return Sequential(Squeezed(Sequential(*inner)), *steps((channels, height, width), False))
+    return Sequential(Squeezed(Sequential(*inner)), *_flows(steps, (channels, height, width), False))
+
+
+def _flows(steps: Callable[..., Any], event_shape: tuple[int, int, int], squeezed: bool) -> list[Flow]:
+    """The flows that `steps` makes."""
+    try:
+        made = steps(event_shape, squeezed)
+    except TypeError as error:
+        raise ValueError(f"steps must be a function (event_shape, squeezed) -> list of flows; {error}") from error
+    if not isinstance(made, Sequence) or not all(isinstance(flow, Flow) for flow in made):
+        raise ValueError(f"steps must return a list of flows; it returned {made!r}")
+    return list(made)
 
 
 def _of_pixels(context: Tensor | None) -> Tensor | None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import (
     LOG_SCALE_BOUND,
@@ -42,7 +43,8 @@ class Diagonal(Flow):
         torch.Size([3])
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         self.params = ContextParameters({"log_scale": torch.zeros(dim)}, context_dim)
 
@@ -85,7 +87,8 @@ class LULinear(Flow):
     order: Tensor
     inverse_order: Tensor
 
-    def __init__(self, dim: int, order: Sequence[int] | None = None, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, order: Sequence[int] | None = None, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         order = list(range(dim) if order is None else order)
         if sorted(order) != list(range(dim)):
@@ -149,7 +152,10 @@ class Rotation(Flow):
     start: Tensor
     skew_index: Tensor
 
-    def __init__(self, dim: int, context_dim: int = 0, start: Tensor | None = None, *, trainable: bool = True) -> None:
+    @checked
+    def __init__(
+        self, dim: Size, context_dim: Count = 0, start: Tensor | None = None, *, trainable: bool = True
+    ) -> None:
         super().__init__((dim,), context_dim)
         start = torch.eye(dim) if start is None else start
         if start.shape != (dim, dim) or not _is_orthogonal(start):
@@ -183,7 +189,8 @@ class Rotation(Flow):
         return rotation
 
 
-def random_orthogonal(dim: int, generator: torch.Generator | None = None) -> Tensor:
+@checked
+def random_orthogonal(dim: Size, generator: torch.Generator | None = None) -> Tensor:
     r"""Return an orthogonal matrix `(dim, dim)` that is uniformly distributed (Haar).
 
     Args:

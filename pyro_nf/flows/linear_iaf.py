@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular, strictly_lower, strictly_lower_index
 from pyro_nf.networks import ContextParameters, freeze
@@ -44,9 +45,10 @@ class LinearIAF(Flow):
 
     tril_index: Tensor
 
-    def __init__(self, dim: int, num_matrices: int = 1, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, num_matrices: Size = 1, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
-        if num_matrices < 1 or (num_matrices > 1 and context_dim == 0):
+        if num_matrices > 1 and context_dim == 0:
             raise ValueError(
                 "num_matrices must be 1, or more with a context, without which a combination is but one matrix; got "
                 f"{num_matrices} and context_dim={context_dim}"

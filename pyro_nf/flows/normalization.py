@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Positive, Size, check_real_tensor, checked
 from pyro_nf.flows.affine import ElementwiseAffine
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import LOG_SCALE_BOUND, unbound
@@ -40,7 +41,8 @@ class ActNorm(ElementwiseAffine):
 
     initialized: Tensor
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__(dim, context_dim)
         self.register_buffer("initialized", torch.tensor(False))
         self._measuring = False
@@ -103,12 +105,11 @@ class BatchNorm(Flow):
     mean: Tensor
     variance: Tensor
 
-    def __init__(self, dim: int, context_dim: int = 0, *, momentum: float = 0.1, eps: float = 1e-5) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0, *, momentum: float = 0.1, eps: Positive = 1e-5) -> None:
         super().__init__((dim,), context_dim)
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1]; got {momentum}")
-        if not eps > 0:
-            raise ValueError(f"eps must be positive; got {eps}")
         self.momentum = momentum
         self.eps = eps
         self.affine = ElementwiseAffine(dim, context_dim)  # from data to base: beta and gamma
@@ -145,6 +146,7 @@ class BatchNorm(Flow):
         return mean, variance
 
 
+@checked
 def initialize(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
     r"""Set every `ActNorm` in a flow that is not yet initialised from one pass of data through the flow.
 
@@ -171,6 +173,7 @@ def initialize(flow: Flow, data: Tensor, context: Tensor | None = None, inverse:
     _measure(flow, layers, data, context, inverse)
 
 
+@checked
 def set_statistics(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
     r"""Set the running statistics of every `BatchNorm` in a flow to those of all data, in one pass.
 
@@ -200,12 +203,10 @@ def _measure(
     flow: Flow, layers: Sequence[ActNorm | BatchNorm], data: Tensor, context: Tensor | None, inverse: bool
 ) -> None:
     """Pass data through a flow while these layers set themselves, each from what arrives there."""
+    check_real_tensor("data", data, flow.event_shape)
     flow.check_inputs(data, context)
-    if data.numel() == 0 or not bool(data.isfinite().all()):
-        raise ValueError(
-            f"data must hold at least one point, all finite; got shape {tuple(data.shape)} with "
-            f"{int((~data.isfinite()).sum())} values that are not finite"
-        )
+    if data.shape[: -len(flow.event_shape)].numel() < 2 and any(isinstance(layer, BatchNorm) for layer in layers):
+        raise ValueError(f"data must be at least two points for a BatchNorm; got shape {tuple(data.shape)}")
     for layer in layers:
         layer._measuring = True
     try:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import checked
 from pyro_nf.flows.base import Flow
 
 
@@ -27,10 +28,11 @@ class Permutation(Flow):
     order: Tensor
     inverse_order: Tensor
 
+    @checked
     def __init__(self, order: Sequence[int]) -> None:
+        if not len(order) or sorted(order) != list(range(len(order))):
+            raise ValueError(f"order must hold each of the numbers 0, 1, 2, ... once; got {list(order)}")
         super().__init__((len(order),))
-        if sorted(order) != list(range(len(order))):
-            raise ValueError(f"order must be a permutation of 0 .. {len(order) - 1}; got {list(order)}")
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("inverse_order", self.order.argsort())
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, positive, solve_increasing
 from pyro_nf.networks import ContextParameters
@@ -27,7 +28,8 @@ class Planar(Flow):
         appendix A.1.
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         # Directions of length about 1, so that w'x has unit variance over a standard normal.
         initial = {"u": torch.zeros(dim), "w": torch.randn(dim) / dim**0.5, "b": torch.zeros(1)}

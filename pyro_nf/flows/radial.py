@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import positive
 from pyro_nf.networks import ContextParameters
@@ -27,7 +28,8 @@ class Radial(Flow):
         appendix A.2.
     """
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__((dim,), context_dim)
         initial = {"x0": torch.randn(dim), "raw_alpha": torch.zeros(1), "raw_g": torch.zeros(1)}
         self.params = ContextParameters(initial, context_dim)

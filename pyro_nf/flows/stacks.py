@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.autoregressive import Autoregressive
 from pyro_nf.flows.base import Flow, Inverse, Sequential
 from pyro_nf.flows.block_autoregressive import BlockAutoregressive
@@ -30,7 +31,8 @@ from pyro_nf.flows.transformers import (
 )
 
 
-def make(name: str, dim: int, **options: Any) -> Flow:
+@checked
+def make(name: str, dim: Size, **options: Any) -> Flow:
     """Build a named stack over `dim` coordinates.
 
     Args:
@@ -63,50 +65,63 @@ def names() -> list[str]:
     return sorted(_STACKS)
 
 
-def planar(dim: int, depth: int = 16, context_dim: int = 0) -> Sequential:
+@checked
+def planar(dim: Size, depth: Size = 16, context_dim: Count = 0) -> Sequential:
     """Planar flows (Rezende & Mohamed 2015)."""
     return Sequential(*(Planar(dim, context_dim) for _ in range(depth)))
 
 
-def radial(dim: int, depth: int = 16, context_dim: int = 0) -> Sequential:
+@checked
+def radial(dim: Size, depth: Size = 16, context_dim: Count = 0) -> Sequential:
     """Radial flows (Rezende & Mohamed 2015)."""
     return Sequential(*(Radial(dim, context_dim) for _ in range(depth)))
 
 
-def sylvester_orthogonal(dim: int, depth: int = 4, num_units: int | None = None, context_dim: int = 0) -> Sequential:
+@checked
+def sylvester_orthogonal(
+    dim: Size, depth: Size = 4, num_units: Size | None = None, context_dim: Count = 0
+) -> Sequential:
     """Sylvester flows with a free orthonormal basis (van den Berg et al. 2018)."""
     return Sequential(*(Sylvester(dim, num_units, "orthogonal", context_dim) for _ in range(depth)))
 
 
-def sylvester_householder(dim: int, depth: int = 4, num_units: int | None = None, context_dim: int = 0) -> Sequential:
+@checked
+def sylvester_householder(
+    dim: Size, depth: Size = 4, num_units: Size | None = None, context_dim: Count = 0
+) -> Sequential:
     """Sylvester flows with a basis of reflections (van den Berg et al. 2018)."""
     return Sequential(*(Sylvester(dim, num_units, "householder", context_dim) for _ in range(depth)))
 
 
-def sylvester_triangular(dim: int, depth: int = 4, context_dim: int = 0) -> Sequential:
+@checked
+def sylvester_triangular(dim: Size, depth: Size = 4, context_dim: Count = 0) -> Sequential:
     """Sylvester flows along the coordinates, in alternating order (van den Berg et al. 2018)."""
     return Sequential(
         *(Sylvester(dim, None, "triangular", context_dim, reverse=layer % 2 == 1) for layer in range(depth))
     )
 
 
-def householder(dim: int, depth: int = 5, context_dim: int = 0) -> Sequential:
+@checked
+def householder(dim: Size, depth: Size = 5, context_dim: Count = 0) -> Sequential:
     """Pairs of Householder reflections (Tomczak & Welling 2016): volume preserving."""
     return Sequential(*(Householder(dim, 2, context_dim) for _ in range(depth)))
 
 
-def linear_iaf(dim: int, depth: int = 1, num_matrices: int = 1, context_dim: int = 0) -> Sequential:
+@checked
+def linear_iaf(dim: Size, depth: Size = 1, num_matrices: Size = 1, context_dim: Count = 0) -> Sequential:
     """Linear IAF, or with `num_matrices` > 1 convex combination linear IAF (Tomczak & Welling 2017)."""
     return Sequential(*(LinearIAF(dim, num_matrices, context_dim) for _ in range(depth)))
 
 
-def nice(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+@checked
+def nice(dim: Size, depth: Size = 8, hidden_dims: Sequence[Size] = (32, 32), context_dim: Count = 0) -> Sequential:
     """Additive couplings with alternating masks, and a diagonal at the end (Dinh et al. 2014)."""
     couplings = _couplings(dim, depth, Additive(), hidden_dims, context_dim)
     return Sequential(*couplings, Diagonal(dim, context_dim))
 
 
-def nice_perm(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+@checked
+def nice_perm(dim: Size, depth: Size = 8, hidden_dims: Sequence[Size] = (32, 32), context_dim: Count = 0) -> Sequential:
     """Additive couplings, each in a random order of its own (Rezende & Mohamed 2015): volume preserving.
 
     There a permutation stands before every coupling; here it is undone after it, so that the flow starts as the
@@ -117,7 +132,10 @@ def nice_perm(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), c
     return Sequential(*(Coupling(dim, mask.tolist(), Additive(), hidden_dims, context_dim) for mask in masks))
 
 
-def nice_ortho(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+@checked
+def nice_ortho(
+    dim: Size, depth: Size = 8, hidden_dims: Sequence[Size] = (32, 32), context_dim: Count = 0
+) -> Sequential:
     """Additive couplings, each in a random orthonormal basis of its own (Rezende & Mohamed 2015): volume preserving.
 
     As in `nice_perm`, the basis is undone after the coupling.
@@ -130,12 +148,14 @@ def nice_ortho(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), 
     return Sequential(*flows)
 
 
-def realnvp(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+@checked
+def realnvp(dim: Size, depth: Size = 8, hidden_dims: Sequence[Size] = (32, 32), context_dim: Count = 0) -> Sequential:
     """Affine couplings with alternating masks (Dinh et al. 2016)."""
     return Sequential(*_couplings(dim, depth, Affine(), hidden_dims, context_dim))
 
 
-def glow(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), context_dim: int = 0) -> Sequential:
+@checked
+def glow(dim: Size, depth: Size = 8, hidden_dims: Sequence[Size] = (32, 32), context_dim: Count = 0) -> Sequential:
     """Affine couplings, each before a linear map and an actnorm (Kingma & Dhariwal 2018), for vectors."""
     steps = [
         (coupling, LULinear(dim), ActNorm(dim))
@@ -144,64 +164,73 @@ def glow(dim: int, depth: int = 8, hidden_dims: Sequence[int] = (32, 32), contex
     return Sequential(*(flow for step in steps for flow in step))
 
 
+@checked
 def spline_coupling(
-    dim: int, depth: int = 4, hidden_dims: Sequence[int] = (32, 32), num_bins: int = 8, context_dim: int = 0
+    dim: Size, depth: Size = 4, hidden_dims: Sequence[Size] = (32, 32), num_bins: Size = 8, context_dim: Count = 0
 ) -> Sequential:
     """Rational-quadratic spline couplings with alternating masks (Durkan et al. 2019)."""
     return Sequential(*_couplings(dim, depth, RationalQuadraticSpline(num_bins), hidden_dims, context_dim))
 
 
+@checked
 def flowpp(
-    dim: int, depth: int = 4, hidden_dims: Sequence[int] = (32, 32), num_components: int = 8, context_dim: int = 0
+    dim: Size, depth: Size = 4, hidden_dims: Sequence[Size] = (32, 32), num_components: Size = 8, context_dim: Count = 0
 ) -> Sequential:
     """Mixture of logistics couplings with alternating masks (Ho et al. 2019)."""
     return Sequential(*_couplings(dim, depth, LogisticMixture(num_components), hidden_dims, context_dim))
 
 
+@checked
 def convolution(
-    dim: int,
-    depth: int = 8,
-    hidden_dims: Sequence[int] = (32, 32),
+    dim: Size,
+    depth: Size = 8,
+    hidden_dims: Sequence[Size] = (32, 32),
     kind: Literal["circular", "symmetric"] = "circular",
-    context_dim: int = 0,
+    context_dim: Count = 0,
 ) -> Sequential:
     """Couplings by data-dependent convolutions, with alternating masks (Karami et al. 2019)."""
     masks = _alternating_masks(dim, depth)
     return Sequential(*(ConvolutionCoupling(dim, mask, kind, hidden_dims, context_dim) for mask in masks))
 
 
-def prelu(dim: int, depth: int = 8, context_dim: int = 0) -> Sequential:
+@checked
+def prelu(dim: Size, depth: Size = 8, context_dim: Count = 0) -> Sequential:
     """Linear maps by LU factors, each before a PReLU (He et al. 2015): piecewise linear, without a network."""
     return Sequential(
         *(flow for _ in range(depth) for flow in (LULinear(dim, None, context_dim), PReLU(dim, context_dim)))
     )
 
 
-def iaf(dim: int, depth: int = 4, hidden_dims: Sequence[int] | None = None, context_dim: int = 0) -> Sequential:
+@checked
+def iaf(dim: Size, depth: Size = 4, hidden_dims: Sequence[Size] | None = None, context_dim: Count = 0) -> Sequential:
     """Gated inverse autoregressive flows in alternating order (Kingma et al. 2016): one pass to sample."""
     return _autoregressive(dim, depth, Gated(), hidden_dims, context_dim)
 
 
-def maf(dim: int, depth: int = 4, hidden_dims: Sequence[int] | None = None, context_dim: int = 0) -> Inverse:
+@checked
+def maf(dim: Size, depth: Size = 4, hidden_dims: Sequence[Size] | None = None, context_dim: Count = 0) -> Inverse:
     """Affine masked autoregressive flows in alternating order (Papamakarios et al. 2017): one pass to score."""
     return Inverse(_autoregressive(dim, depth, Affine(), hidden_dims, context_dim))
 
 
+@checked
 def spline_autoregressive(
-    dim: int, depth: int = 2, hidden_dims: Sequence[int] | None = None, num_bins: int = 8, context_dim: int = 0
+    dim: Size, depth: Size = 2, hidden_dims: Sequence[Size] | None = None, num_bins: Size = 8, context_dim: Count = 0
 ) -> Sequential:
     """Autoregressive rational-quadratic splines in alternating order (Durkan et al. 2019): one pass to sample."""
     return _autoregressive(dim, depth, RationalQuadraticSpline(num_bins), hidden_dims, context_dim)
 
 
+@checked
 def naf(
-    dim: int, depth: int = 2, hidden_dims: Sequence[int] | None = None, num_units: int = 8, context_dim: int = 0
+    dim: Size, depth: Size = 2, hidden_dims: Sequence[Size] | None = None, num_units: Size = 8, context_dim: Count = 0
 ) -> Sequential:
     """Autoregressive deep sigmoidal flows in alternating order (Huang et al. 2018): one pass to sample."""
     return _autoregressive(dim, depth, DeepSigmoidal(num_units), hidden_dims, context_dim)
 
 
-def bnaf(dim: int, depth: int = 2, units: int = 8, context_dim: int = 0) -> Sequential:
+@checked
+def bnaf(dim: Size, depth: Size = 2, units: Size = 8, context_dim: Count = 0) -> Sequential:
     """Block neural autoregressive flows in alternating order (De Cao et al. 2019): one pass to sample."""
     return Sequential(
         *(BlockAutoregressive(dim, units, reverse=layer % 2 == 1, context_dim=context_dim) for layer in range(depth))

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.householder import reflect
 from pyro_nf.flows.numerics import implicit_gradient, multiply, positive, soft_bound, solve_triangular
@@ -65,14 +66,15 @@ class Sylvester(Flow):
         [0.0, 0.0, 0.0]
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
-        num_units: int | None = None,
+        dim: Size,
+        num_units: Size | None = None,
         basis: Literal["orthogonal", "householder", "triangular"] = "orthogonal",
-        context_dim: int = 0,
+        context_dim: Count = 0,
         *,
-        num_reflections: int | None = None,
+        num_reflections: Size | None = None,
         reverse: bool = False,
     ) -> None:
         super().__init__((dim,), context_dim)
@@ -84,7 +86,7 @@ class Sylvester(Flow):
                 f"num_units must lie between 1 and dim={dim}, and be dim for the triangular basis; got {units} for "
                 f"the {basis} basis"
             )
-        if num_reflections is not None and (basis != "householder" or num_reflections < 1):
+        if num_reflections is not None and basis != "householder":
             raise ValueError(
                 "num_reflections must be at least 1, and None but for the householder basis; got "
                 f"{num_reflections} for the {basis} basis"

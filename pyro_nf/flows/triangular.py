@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular, strictly_lower, strictly_lower_index
 from pyro_nf.networks import ContextParameters
@@ -74,7 +75,8 @@ class Triangular(Flow):
     entries: Tensor
     triples: Tensor
 
-    def __init__(self, dim: int, context_dim: int = 0, *, bends: bool = True) -> None:
+    @checked
+    def __init__(self, dim: Size, context_dim: Count = 0, *, bends: bool = True) -> None:
         super().__init__((dim,), context_dim)
         zeros, pairs = torch.zeros(dim), torch.zeros(dim * (dim - 1) // 2)
         initial = {"loc": zeros, "log_scale": zeros, "skew": zeros, "shear": pairs, "drive": pairs}

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.networks.parameters import start_at_zero
 
 
@@ -38,18 +39,19 @@ class ConvNet(nn.Module):
         torch.Size([5, 2, 8, 8])
     """
 
+    @checked
     def __init__(
         self,
-        in_channels: int,
-        hidden_channels: Sequence[int],
-        out_channels: int,
-        kernel_size: int = 3,
+        in_channels: Size,
+        hidden_channels: Sequence[Size],
+        out_channels: Size,
+        kernel_size: Size = 3,
         activation: Callable[[], nn.Module] = nn.Tanh,
-        context_dim: int = 0,
+        context_dim: Count = 0,
         zero_init: bool = False,
     ) -> None:
         super().__init__()
-        if kernel_size < 1 or kernel_size % 2 == 0:
+        if kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd and positive; got {kernel_size}")
         widths = [in_channels, *hidden_channels, out_channels]
         self.layers = nn.ModuleList(nn.Conv2d(m, n, kernel_size, padding=kernel_size // 2) for m, n in pairwise(widths))

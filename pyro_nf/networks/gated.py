@@ -5,6 +5,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
+
 
 class GatedLinear(nn.Module):
     r"""Gated linear layer, `y = (W x + b) * sigmoid(V x + c)`.
@@ -30,7 +32,8 @@ class GatedLinear(nn.Module):
         torch.Size([5, 2])
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    @checked
+    def __init__(self, in_features: Count, out_features: Size) -> None:
         super().__init__()
         self.linear = nn.Linear(in_features, 2 * out_features)
 
@@ -60,6 +63,7 @@ class GatedMLP(nn.Sequential):
         torch.Size([5, 2])
     """
 
-    def __init__(self, in_features: int, hidden_dims: Sequence[int], out_features: int) -> None:
+    @checked
+    def __init__(self, in_features: Count, hidden_dims: Sequence[Size], out_features: Size) -> None:
         widths = [in_features, *hidden_dims]
         super().__init__(*(GatedLinear(m, n) for m, n in pairwise(widths)), nn.Linear(widths[-1], out_features))

@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.networks.gated import GatedLinear
 
 
@@ -38,12 +39,13 @@ class ImageEncoder(nn.Module):
         torch.Size([5, 16])
     """
 
+    @checked
     def __init__(
         self,
-        image_shape: Sequence[int],
-        out_features: int,
-        channels: Sequence[int] = (32, 64),
-        kernel_size: int = 5,
+        image_shape: Sequence[Size],
+        out_features: Size,
+        channels: Sequence[Size] = (32, 64),
+        kernel_size: Size = 5,
     ) -> None:
         super().__init__()
         shapes = _level_shapes(image_shape, channels, kernel_size)
@@ -91,13 +93,14 @@ class ImageDecoder(nn.Module):
         torch.Size([6, 35])
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        image_shape: Sequence[int],
-        num_params: int = 1,
-        channels: Sequence[int] = (32, 64),
-        kernel_size: int = 5,
+        in_features: Count,
+        image_shape: Sequence[Size],
+        num_params: Size = 1,
+        channels: Sequence[Size] = (32, 64),
+        kernel_size: Size = 5,
     ) -> None:
         super().__init__()
         shapes = _level_shapes(image_shape, channels, kernel_size)
@@ -128,11 +131,11 @@ class ImageDecoder(nn.Module):
 
 def _level_shapes(image_shape: Sequence[int], channels: Sequence[int], kernel_size: int) -> list[tuple[int, int, int]]:
     """Shapes of the image and of each level's result."""
-    if len(image_shape) != 3 or min(image_shape) < 1:
+    if len(image_shape) != 3:
         raise ValueError(f"image_shape must be (channels, height, width), all positive; got {tuple(image_shape)}")
-    if not channels or min(channels) < 1:
+    if not channels:
         raise ValueError(f"channels must hold the positive number of each level; got {tuple(channels)}")
-    if kernel_size < 1 or kernel_size % 2 == 0:
+    if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be odd and positive; got {kernel_size}")
     first, height, width = image_shape
     shapes = [(first, height, width)]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.parameters import freeze, start_at_zero
 
@@ -15,7 +16,10 @@ class MaskedLinear(nn.Linear):
 
     mask: Tensor
 
+    @checked
     def __init__(self, mask: Tensor) -> None:
+        if mask.dim() != 2 or not bool(((mask == 0) | (mask == 1)).all()):
+            raise ValueError(f"mask must be a matrix of zeros and ones; got {mask}")
         super().__init__(mask.shape[1], mask.shape[0])
         self.register_buffer("mask", mask.to(self.weight.dtype), persistent=False)
         if not bool(mask.any()):
@@ -59,14 +63,15 @@ class MADE(MLP):
         Germain, Gregor, Murray, Larochelle (2015), "MADE", arXiv:1502.03509, equations 12 and 13.
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
-        num_params: int,
-        hidden_dims: Sequence[int],
+        dim: Size,
+        num_params: Size,
+        hidden_dims: Sequence[Size],
         order: Sequence[int] | None = None,
         activation: Callable[[], nn.Module] = nn.Tanh,
-        context_dim: int = 0,
+        context_dim: Count = 0,
     ) -> None:
         # With dim = 1 the only output sees no input, as the first of any dim.
         lowest = 0 if context_dim > 0 or dim == 1 else 1

@@ -5,6 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.networks.parameters import start_at_zero
 
 
@@ -33,13 +34,14 @@ class MLP(nn.Module):
         torch.Size([5, 2])
     """
 
+    @checked
     def __init__(
         self,
-        in_features: int,
-        hidden_dims: Sequence[int],
-        out_features: int,
+        in_features: Count,
+        hidden_dims: Sequence[Size],
+        out_features: Size,
         activation: Callable[[], nn.Module] = nn.Tanh,
-        context_dim: int = 0,
+        context_dim: Count = 0,
         zero_init: bool = False,
     ) -> None:
         super().__init__()

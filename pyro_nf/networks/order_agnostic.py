@@ -9,6 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.networks.mlp import MLP
 
 
@@ -47,14 +48,15 @@ class OrderAgnosticMADE(MLP):
         torch.Size([7])
     """
 
+    @checked
     def __init__(
         self,
-        dim: int,
-        num_params: int,
-        hidden_dims: Sequence[int],
-        num_masks: int = 16,
+        dim: Size,
+        num_params: Size,
+        hidden_dims: Sequence[Size],
+        num_masks: Size = 16,
         activation: Callable[[], nn.Module] = nn.ReLU,
-        context_dim: int = 0,
+        context_dim: Count = 0,
         seed: int = 0,
     ) -> None:
         lowest = 0 if context_dim > 0 or dim == 1 else 1
@@ -63,8 +65,6 @@ class OrderAgnosticMADE(MLP):
                 f"hidden_dims must hold at least one width, each >= {dim - lowest} for dim={dim} and "
                 f"context_dim={context_dim}; got {tuple(hidden_dims)}"
             )
-        if num_masks < 1:
-            raise ValueError(f"num_masks must be at least 1; got {num_masks}")
         super().__init__(dim, hidden_dims, dim * num_params, activation, context_dim)
         self.num_masks = num_masks
         self.num_params = num_params

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from pyro_nf.arguments import Count, checked
 
+
+@checked
 def freeze(module: nn.Module, *names: str) -> None:
     """Turn parameters of a module into buffers, all or those of these names: Pyro warns of untrained parameters."""
     for part in module.modules():
@@ -14,6 +17,7 @@ def freeze(module: nn.Module, *names: str) -> None:
                 part.register_buffer(name, value.detach())
 
 
+@checked
 def start_at_zero(*layers: nn.Module | None) -> None:
     """Set all parameters of these layers to zero."""
     for layer in layers:
@@ -44,7 +48,8 @@ class ContextParameters(nn.Module):
         torch.Size([5, 3])
     """
 
-    def __init__(self, initial: Mapping[str, Tensor], context_dim: int = 0) -> None:
+    @checked
+    def __init__(self, initial: Mapping[str, Tensor], context_dim: Count = 0) -> None:
         super().__init__()
         self._names = tuple(initial)
         for name, value in initial.items():

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from pyro.distributions import TransformModule
 
+from pyro_nf.arguments import Positive, checked
 from pyro_nf.testing import checks
 
 
@@ -46,6 +47,7 @@ class FlowError(AssertionError):
         self.report = report
 
 
+@checked
 def check_flow(
     flow: TransformModule,
     *,
@@ -54,7 +56,7 @@ def check_flow(
     triangular: Literal["lower", "upper"] | None = None,
     factory: Callable[[], TransformModule] | None = None,
     compile: Literal["forward", "inverse"] | None = None,  # noqa: A002 - as torch calls it
-    reach: float = 1000.0,
+    reach: Positive = 1000.0,
     seed: int = 0,
 ) -> FlowReport:
     r"""Check that a flow keeps its contract, and say where it does not.

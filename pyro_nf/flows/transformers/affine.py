@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import Positive, checked
 from pyro_nf.flows.numerics import soft_bound
 
 
@@ -40,7 +41,8 @@ class Affine:
 
     num_params = 2
 
-    def __init__(self, bound: float = 5.0) -> None:
+    @checked
+    def __init__(self, bound: Positive = 5.0) -> None:
         self.bound = bound
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,8 @@ class Gated:
 
     num_params = 2
 
-    def __init__(self, forget_bias: float = 2.0, bound: float = 5.0) -> None:
+    @checked
+    def __init__(self, forget_bias: float = 2.0, bound: Positive = 5.0) -> None:
         self.forget_bias = forget_bias
         self.bound = bound
 

@@ -1,10 +1,11 @@
 """What a transformer is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 
+@runtime_checkable
 class Transformer(Protocol):
     """What couplings and autoregressive flows ask of a transformer.
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from pyro_nf.arguments import Size, checked
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
 from pyro_nf.flows.transformers.affine import Affine
 
@@ -28,9 +29,8 @@ class DeepSigmoidal:
         Huang, Krueger, Lacoste, Courville (2018), "Neural autoregressive flows", arXiv:1804.00779, equation 8.
     """
 
-    def __init__(self, num_units: int = 8) -> None:
-        if num_units < 1:
-            raise ValueError(f"num_units must be at least 1; got {num_units}")
+    @checked
+    def __init__(self, num_units: Size = 8) -> None:
         self.num_units = num_units
         self.num_params = 3 * num_units
 
@@ -74,7 +74,8 @@ class LogisticMixture:
         Ho, Chen, Srinivas, Duan, Abbeel (2019), "Flow++", arXiv:1902.00275, equations 10-16.
     """
 
-    def __init__(self, num_components: int = 8) -> None:
+    @checked
+    def __init__(self, num_components: Size = 8) -> None:
         self.mixture = DeepSigmoidal(num_components)
         self.affine = Affine()
         self.num_params = self.mixture.num_params + self.affine.num_params

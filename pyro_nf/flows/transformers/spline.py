@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyro_nf.arguments import Positive, Size, checked
 from pyro_nf.flows.numerics import positive, soft_bound
 
 # Of a bin's share of the box, times the number of bins, and of the slope at a knot: 8 bins have slopes between 1/72 and
@@ -36,9 +37,8 @@ class RationalQuadraticSpline:
         Durkan, Bekasov, Murray, Papamakarios (2019), "Neural spline flows", arXiv:1906.04032, equations 4-8.
     """
 
-    def __init__(self, num_bins: int = 8, bound: float = 5.0) -> None:
-        if num_bins < 1 or bound <= 0:
-            raise ValueError(f"num_bins must be at least 1 and bound positive; got {num_bins} and {bound}")
+    @checked
+    def __init__(self, num_bins: Size = 8, bound: Positive = 5.0) -> None:
         self.num_bins = num_bins
         self.bound = bound
         self.num_params = 3 * num_bins
