@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Positive, Size, check_choice, check_flag, check_number, check_whole_number, checked
+from pyro_nf.arguments import (
+    Count,
+    Positive,
+    Size,
+    check_choice,
+    check_flag,
+    check_number,
+    check_real_tensor,
+    check_whole_number,
+    checked,
+)
 
 
 def test_what_is_right_comes_back():
@@ -99,3 +109,18 @@ def test_a_checked_function_names_what_is_wrong(arguments, sentence):
 def test_positional_rests_are_checked_one_by_one():
     with pytest.raises(ValueError, match="rest must be a whole number; got 'a'"):
         function(1, None, 0, 0.1, 0.0, "a", True, None, None, list, 1, "a")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [[1.0], torch.tensor([1, 2]), torch.zeros(0, 2), torch.zeros(2, device="meta"), torch.zeros(3), torch.zeros(())],
+)
+def test_tensors(value):
+    sentence = r"data must be a tensor of real numbers, at least one, of shape \(\*batch, 2\); got"
+    assert check_real_tensor("data", torch.zeros(5, 2), (2,)).shape == (5, 2)
+    with pytest.raises(ValueError, match=sentence):
+        check_real_tensor("data", value, (2,))
+    with pytest.raises(ValueError, match="data must be finite; 1 of its 2 numbers are NaN or infinite"):
+        check_real_tensor("data", torch.tensor([1.0, math.nan]), (2,))
+    with pytest.raises(ValueError, match=r"of shape \(any\); got"):
+        check_real_tensor("data", torch.zeros(5, 2), (None,), batch=False)

@@ -32,11 +32,9 @@ class Flow(TransformModule):
     @checked
     def __init__(self, event_shape: Sequence[Size], context_dim: Count = 0) -> None:
         super().__init__()
-        sizes = tuple(event_shape) if isinstance(event_shape, Sequence) else ()
-        if context_dim < 0 or not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
+        if not event_shape:
             raise ValueError(
-                f"{type(self).__name__} takes an event_shape of positive sizes (such as (3,)) and context_dim >= 0; "
-                f"got {event_shape} and {context_dim}"
+                f"event_shape of a {type(self).__name__} must have a size, such as (3,); got {event_shape}"
             )
         self.event_shape = torch.Size(event_shape)
         self.context_dim = context_dim

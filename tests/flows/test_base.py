@@ -60,9 +60,9 @@ def test_sequential_refuses(flows: tuple[Flow, ...], message: str) -> None:
 
 @pytest.mark.parametrize("make", [Planar, Radial, ElementwiseAffine, LowerTriangularAffine, Autoregressive])
 def test_sizes_must_be_positive(make: type[Flow]) -> None:
-    with pytest.raises(ValueError, match=rf"{make.__name__} takes an event_shape of positive sizes.*got \(0,\)"):
+    with pytest.raises(ValueError, match="dim must be a whole number of at least 1; got 0"):
         make(0)
-    with pytest.raises(ValueError, match=r"context_dim >= 0; got .* and -1"):
+    with pytest.raises(ValueError, match="context_dim must be a whole number of at least 0; got -1"):
         make(2, context_dim=-1)
 
 

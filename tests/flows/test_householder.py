@@ -81,5 +81,5 @@ def test_a_line_has_nothing_to_train(num_reflections: int, sign: float) -> None:
 
 
 def test_num_reflections_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="num_reflections must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_reflections must be a whole number of at least 1; got 0"):
         Householder(3, 0)

@@ -264,7 +264,7 @@ def test_momentum_must_be_a_weight(momentum: float) -> None:
 
 @pytest.mark.parametrize("eps", [0.0, -1.0])
 def test_eps_must_be_positive(eps: float) -> None:
-    with pytest.raises(ValueError, match=f"eps must be positive; got {eps}"):
+    with pytest.raises(ValueError, match=f"eps must be a finite number greater than 0; got {eps}"):
         BatchNorm(3, eps=eps)
 
 

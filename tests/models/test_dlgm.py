@@ -122,9 +122,9 @@ def test_digits_are_learnt_in_seconds(name):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (functools.partial(DLGM, 6, (), (4,)), r"latent_dims must hold the positive width of each layer; got \(\)"),
+        (functools.partial(DLGM, 6, (), (4,)), r"latent_dims must hold the width of each layer; got none"),
         (lambda: DLGM(6, (2,), (4,))(X[:, :5]), r"x must have shape \(size, data_dim=6\); got \(30, 5\)"),
-        (lambda: VAE(6, 0, nn.Linear(2, 6)), "latent_dim must be positive; got 0"),
+        (lambda: VAE(6, 0, nn.Linear(2, 6)), "latent_dim must be a whole number of at least 1; got 0"),
         (
             lambda: VAE(6, 2, nn.Linear(2, 6), NormalLikelihood())(X),
             "decoder must return 2 x 6 = 12 outputs for a datum, for a NormalLikelihood of 6 values; got 6",

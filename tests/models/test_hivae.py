@@ -191,8 +191,8 @@ def test_a_recorded_step_is_the_plain_one(table):
 @pytest.mark.parametrize(
     ("make_one", "message"),
     [
-        (lambda table: HIVAE(table, latent_dim=0), r"latent_dim must be positive; got 0"),
-        (lambda table: HIVAE(table, y_dim=-1), r"y_dim must be positive; got -1"),
+        (lambda table: HIVAE(table, latent_dim=0), r"latent_dim must be a whole number of at least 1; got 0"),
+        (lambda table: HIVAE(table, y_dim=-1), r"y_dim must be a whole number of at least 1; got -1"),
         (
             lambda table: HIVAE(table)(table.values[:, :4], table.observed[:, :4]),
             r"x and observed must have shape \(rows, 5\), .* got \(40, 4\) and \(40, 4\)",

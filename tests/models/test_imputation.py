@@ -86,7 +86,7 @@ def test_imputation_covers_every_row_whatever_the_batches(dependent):
         (lambda: imputation.errors(TABLE, VALUES[:2]), r"imputed must have the table's shape \(4, 4\); got \(2, 4\)"),
         (
             lambda: imputation.impute(HIVAE(TABLE), lambda: None, TABLE, num_samples=0),
-            r"num_samples must be positive; got 0",
+            r"num_samples must be a whole number of at least 1; got 0",
         ),
     ],
 )

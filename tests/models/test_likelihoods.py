@@ -124,9 +124,9 @@ def test_values_outside_the_levels_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (functools.partial(CategoricalLikelihood, 1), "num_classes must be at least 2; got 1"),
-        (functools.partial(LogisticMixtureLikelihood, 0), "num_components must be at least 1; got 0"),
-        (functools.partial(LogisticMixtureLikelihood, 2, 1), "num_levels must be at least 2, or None for real values"),
+        (functools.partial(CategoricalLikelihood, 1), "num_classes must be a whole number of at least 2; got 1"),
+        (functools.partial(LogisticMixtureLikelihood, 0), "num_components must be a whole number of at least 1; got 0"),
+        (functools.partial(LogisticMixtureLikelihood, 2, 1), "num_levels must be a whole number of at least 2; got 1"),
     ],
 )
 def test_bad_input_gets_a_sentence(make, message):

@@ -75,5 +75,5 @@ def test_vmap() -> None:
 
 @pytest.mark.parametrize("kernel_size", [-1, 0, 2])
 def test_kernel_size_must_be_odd(kernel_size: int) -> None:
-    with pytest.raises(ValueError, match=f"kernel_size must be odd and positive; got {kernel_size}"):
+    with pytest.raises(ValueError, match=f"kernel_size must be .*; got {kernel_size}"):
         ConvNet(1, (), 1, kernel_size)

@@ -85,5 +85,5 @@ def test_hidden_dims_must_hold_every_degree(hidden_dims: tuple[int, ...]) -> Non
 
 
 def test_there_must_be_a_mask() -> None:
-    with pytest.raises(ValueError, match="num_masks must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_masks must be a whole number of at least 1; got 0"):
         OrderAgnosticMADE(5, 1, (8,), num_masks=0)

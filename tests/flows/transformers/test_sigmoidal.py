@@ -60,5 +60,5 @@ def test_equal_units_part_in_training() -> None:
 
 
 def test_num_units() -> None:
-    with pytest.raises(ValueError, match="num_units must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_units must be a whole number of at least 1; got 0"):
         DeepSigmoidal(0)

@@ -79,5 +79,8 @@ def test_the_box_grows_where_the_target_needs_it() -> None:
 
 @pytest.mark.parametrize(("num_bins", "bound"), [(0, 1.0), (3, 0.0)])
 def test_arguments(num_bins: int, bound: float) -> None:
-    with pytest.raises(ValueError, match="num_bins must be at least 1 and bound positive; got"):
+    with pytest.raises(
+        ValueError,
+        match="(num_bins must be a whole number of at least 1|bound must be a finite number greater than 0); got",
+    ):
         RationalQuadraticSpline(num_bins, bound)
