@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
+from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
@@ -24,6 +25,7 @@ from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
 from pyro_nf.objectives import ELBO, CoordinateELBO
 from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.untrusted import check_writable
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
 _MAX_RUN_SKIPPED = 100
@@ -38,6 +40,8 @@ _MAX_WORK, _MIN_STAGED_PARTICLES = 2**23, 64
 # Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
+# Options that a checkpoint is of: with others, its fit would have been another one.
+_OPTIONS = ("num_particles", "learning_rate", "weight_decay", "eval_every", "clip_norm", "seed")
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Callback = Callable[[Evaluation], bool | None]
@@ -89,7 +93,8 @@ class FlowSVI:
             to minutes and makes small models many times faster. It is compared with the plain step first; where that
             fails, or the model cannot be recorded, a warning says why and the run goes on without. "auto" does as much
             of it as pays within `max_steps`, by an estimate from the number of operations.
-        checkpoint: A file to write the fit's whole state to at each evaluation, for `resume`.
+        checkpoint: A file to write the fit's whole state to at each evaluation, for `resume` (a fit to minibatches
+            cannot be resumed).
         callbacks: Called with each `Evaluation` while the guide holds the state that was reached; one that returns
             `True` ends the run.
         seed: Makes the run reproducible bit for bit on one machine, and leaves the global random state as it was.
@@ -190,9 +195,13 @@ class FlowSVI:
     def resume(self, *args: Any, **kwargs: Any) -> FitResult:
         """Go on with the run that wrote the checkpoint, to the result that it would have had, bit for bit.
 
+        A larger `max_steps` than that run's goes on further: where the old bound had begun to lower the learning rate,
+        it is held again. A smaller one ends the run earlier.
+
         Raises:
-            ValueError: If there is no checkpoint, or one of other parameters or of another number of processes; else as
-                `run`.
+            ValueError: If there is no checkpoint, or one of another model or guide, other data, options or seed,
+                another version of pyro-nf or another number of processes: the sentence says what was and what is. If
+                `max_steps` is less than the steps taken. Else as `run`.
         """
         if self.checkpoint is None or not Ranks().from_first(self.checkpoint.exists):
             got = None if self.checkpoint is None else str(self.checkpoint)
@@ -275,6 +284,8 @@ class FlowSVI:
             raise ValueError(f"model and guide must be the same on all processes; got parameters of shapes {shapes}")
         flat = ranks.of_first(read(params))
         write(flat, params)
+        identity = self._identity(params, ranks, args, kwargs, fixed)
+        resumed = None if resume is None else Progress.load(resume, flat, ranks, identity)
         adam = GuardedAdam(self.clip_norm, self.weight_decay)
         execution = make_execution(
             self.compile, self.program, self.objective, adam, params, ranks, self.max_steps, self.eval_every
@@ -301,7 +312,7 @@ class FlowSVI:
                 args, kwargs = next(data)
             return state, torch.cat(values)
 
-        if resume is None:
+        if resumed is None:
             state = State.start(flat)
             try:
                 rate = self._find_rate(advance, state) if self.learning_rate is None else self.learning_rate
@@ -310,7 +321,9 @@ class FlowSVI:
             fit = Progress(state, PlateauSchedule(rate, self.max_steps))
             fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
         else:
-            fit = Progress.load(resume, flat, ranks)
+            fit, random = resumed
+            fit.schedule.set_max_steps(self.max_steps, fit.steps)
+            set_random_state(random)
         earlier = fit.seconds
         stop_reason = ""
         hidden = not self.progress or ranks.index > 0
@@ -326,7 +339,7 @@ class FlowSVI:
                     fit.schedule.observe([e for e in fit.evaluations if e.step >= self.objective.annealing_steps])
                     fit.seconds = earlier + time.perf_counter() - start
                     if self.checkpoint is not None:
-                        fit.save(self.checkpoint, ranks)
+                        fit.save(self.checkpoint, ranks, identity)
                     bar.total = fit.schedule.last_step
                     bar.update(fit.steps - bar.n)
                     bar.set_postfix_str(f"ELBO {fit.evaluations[-1].elbo:.3f}")
@@ -372,6 +385,16 @@ class FlowSVI:
             args=args if fixed else None,
             kwargs=kwargs if fixed else {},
         )
+
+    def _identity(
+        self, params: Sequence[Tensor], ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool
+    ) -> Identity:
+        """Return what a checkpoint of this fit is known by, once it is known that one can be written."""
+        path = self.checkpoint
+        if path is not None:
+            ranks.from_first(lambda: check_writable("checkpoint", path))
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return Identity(self.program, params, self.objective, options, args, kwargs, fixed)
 
     def _find_rate(self, advance: Callable[[State, Tensor], tuple[State, Tensor]], state: State) -> float:
         """Try each learning rate from the start, and return one below that whose last steps have the highest ELBO."""
