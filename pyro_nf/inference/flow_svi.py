@@ -1,11 +1,13 @@
 """FlowSVI: fit a guide, stop when it is done, keep the best."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from pyro_nf.inference.checkpoint import Progress, random_state, set_random_stat
 from pyro_nf.inference.execution import Execution
 from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
+from pyro_nf.inference.minibatches import Arguments, Fault, Minibatches, in_words
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
@@ -43,7 +46,6 @@ _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
 # Options that a checkpoint is of: with others, its fit would have been another one.
 _OPTIONS = ("num_particles", "learning_rate", "weight_decay", "eval_every", "clip_norm", "seed")
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Callback = Callable[[Evaluation], bool | None]
 
 
@@ -186,11 +188,19 @@ class FlowSVI:
                 as tuples or lists of the model's arguments, dictionaries of keyword arguments, or one argument.
                 The model scales the likelihood to the whole data itself (`pyro.plate(name, size, len(batch))`). With
                 several processes each has batches of its own.
+                Each of the first pass, up to 5,000, is checked before its step, by one run of model and guide. Later
+                passes may hold others, drawn or augmented anew: where their data are NaN, their steps are skipped, and
+                the result says so, which is then not converged.
 
         Raises:
-            ValueError: If there are no batches; else as `run`.
+            ValueError: If there are no batches, or the data of one of the first pass hold NaN: the sentence says which
+                one; else as `run`.
+
+        Warns:
+            UserWarning: If minibatches of later passes were skipped.
         """
-        return self._run(_arguments(batches), fixed=False)
+        data = Minibatches(batches, self.program)
+        return _with_faults(self._run(data, fixed=False), list(itertools.chain(*Ranks().gather(data.faults))))
 
     def resume(self, *args: Any, **kwargs: Any) -> FitResult:
         """Go on with the run that wrote the checkpoint, to the result that it would have had, bit for bit.
@@ -333,7 +343,11 @@ class FlowSVI:
                     num_steps = min(self.eval_every, fit.schedule.last_step - fit.steps)
                     self.objective.start_block(fit.steps, fit.scatter(self.num_particles), flat)
                     rates = fit.schedule.rates(fit.steps, num_steps, flat)
+                    if isinstance(data, Minibatches):
+                        data.start_block()
                     fit.state, elbos = advance(fit.state.restart_average(), rates)
+                    if isinstance(data, Minibatches):
+                        data.find_faults(elbos)
                     fit.history.append(elbos)
                     fit.observe(_of_steps(fit.steps, elbos), torch.stack([fit.state.average, fit.state.params]))
                     fit.schedule.observe([e for e in fit.evaluations if e.step >= self.objective.annealing_steps])
@@ -470,21 +484,13 @@ class FlowSVI:
         )
 
 
-def _arguments(batches: Iterable[Any]) -> Iterator[Arguments]:
-    """Go through the batches again and again, each as arguments of the model."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            if isinstance(batch, Mapping):
-                yield (), dict(batch)
-            else:
-                yield (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-        if empty:
-            raise ValueError(
-                "batches must give minibatches at each iteration over it; it gave none (a generator gives them once: "
-                "pass a list or a DataLoader)"
-            )
+def _with_faults(result: FitResult, faults: list[Fault]) -> FitResult:
+    """Say in the result which minibatches had no data to fit to: what comes without them is no fit to all the data."""
+    if not faults:
+        return result
+    reason = f"{in_words(faults, result.steps)} ({result.stop_reason.removeprefix('converged: ')})"
+    warnings.warn(reason, stacklevel=3)
+    return dataclasses.replace(result, converged=False, stop_reason=f"not converged: {reason}")
 
 
 def _of_steps(step: int, elbos: Tensor) -> Evaluation:
