@@ -197,7 +197,7 @@ def _described(value: Any) -> Any:
         return type(value).__name__
     dense = value.detach() if value.layout == torch.strided else value.detach().to_dense()
     dense = dense.resolve_conj().resolve_neg().contiguous().reshape(-1).cpu()
-    checksum = hashlib.sha256(memoryview(dense.view(torch.uint8).numpy())).hexdigest()[:16]
+    checksum = hashlib.sha256(dense.view(torch.uint8).numpy().data).hexdigest()[:16]
     finite = dense[dense.isfinite()]
     mean = f" and mean {float(finite.double().mean()):.6g}" if len(finite) and not dense.is_complex() else ""
     return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)}{mean} (SHA-256 {checksum})"
