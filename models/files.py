@@ -2,16 +2,25 @@
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
+
+from pyro_nf import untrusted
 
 _VARIABLE = "PYRO_NF_DATA"
 
 
 class Remote(NamedTuple):
-    """A file to download; its SHA-256, or `None` where that of its contents has to do."""
+    """A file to download.
+
+    Attributes:
+        url: Where it is.
+        sha256: Its SHA-256; `None` where it is not known.
+        contents: That of its decompressed contents, for a `.gz`, which others may compress in another way.
+    """
 
     url: str
     sha256: str | None = None
+    contents: str | None = None
 
 
 class Files:
@@ -38,13 +47,25 @@ class Files:
         """Return the path of a file, `None` if it is not there."""
         return next((place / name for place in self._places if (place / name).is_file()), None)
 
-    def get(self, name: str, remote: Remote) -> Path:
-        """Return the path of a file, downloaded if it is not there.
+    def read(self, name: str, remote: Remote) -> bytes:
+        """Return the contents of a file, downloaded if it is not there, decompressed if it is a `.gz`.
+
+        Checksums that are known are compared before anything is made of the contents.
 
         Raises:
             ImportError: If it has to be downloaded and pooch is not installed.
             ConnectionError: If it cannot be downloaded.
-            ValueError: If what was downloaded has another checksum.
+            ValueError: If it has another checksum, or is larger than 256 MiB, as it is or decompressed.
+        """
+        return untrusted.read(self.get(name, remote), sha256=remote.contents or remote.sha256)
+
+    def get(self, name: str, remote: Remote) -> Path:
+        """Return the path of a file, downloaded if it is not there, for `untrusted.read`.
+
+        Raises:
+            ImportError: If it has to be downloaded and pooch is not installed.
+            ConnectionError: If it cannot be downloaded.
+            ValueError: If what was downloaded has another checksum, or is larger than 256 MiB.
         """
         if (local := self.local(name)) is not None:
             return local
@@ -57,10 +78,32 @@ class Files:
             ) from error
         known = None if remote.sha256 is None else f"sha256:{remote.sha256}"
         cache = pooch.os_cache("pyro-nf") / self._subfolder
+
+        def download(url: str, path: str, pup: Any) -> None:
+            # Into a file that pooch has just made, of a name that nobody could foresee.
+            with open(path, "wb") as file:
+                pooch.core.choose_downloader(url)(url, _Limited(file, url), pup)
+
         try:
-            return Path(pooch.retrieve(remote.url, known, fname=name, path=cache))
+            return Path(pooch.retrieve(remote.url, known, fname=name, path=cache, downloader=download))
         except OSError as error:
             raise ConnectionError(
                 f"{name} cannot be downloaded from {remote.url} ({type(error).__name__}); put it into a folder that "
                 f"{_VARIABLE} names"
             ) from error
+
+
+class _Limited:
+    """A file to write to, up to the size that is read: a server may never end."""
+
+    def __init__(self, file: IO[bytes], url: str) -> None:
+        self._file, self._url, self._room = file, url, untrusted.MAX_BYTES
+
+    def write(self, chunk: bytes) -> int:
+        self._room -= len(chunk)
+        if self._room < 0:
+            raise ValueError(f"{self._url} is larger than {untrusted.MAX_BYTES // 2**20} MiB, the most that is read")
+        return self._file.write(chunk)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)

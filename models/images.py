@@ -2,24 +2,24 @@
 
 Each loader looks in a folder first (an argument, or the environment variable `PYRO_NF_DATA`), there or in the subfolder
 of the data set, and else downloads to pooch's cache. Whatever file the pixels come from, they are the same: their
-checksum is compared.
+checksum is compared, and that of a file where it is known, before anything else reads it. Nothing larger than 256 MiB
+is read or unpacked.
 """
 
-import gzip
 import hashlib
 import io
 import os
 import pickle
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pyro_nf import untrusted
 from pyro_nf.arguments import check_real_tensor, checked
 from pyro_nf.models.files import Files, Remote
 
@@ -57,10 +57,14 @@ _REMOTES = {
         f"{_TORONTO}/binarized_mnist_test.amat", "e6687bfea3f820c174f33b7865140b2a2dd2930ef786f35d45795fc193b5ab2c"
     ),
     "train-images-idx3-ubyte.gz": Remote(
-        f"{_GOOGLE}/train-images-idx3-ubyte.gz", "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609"
+        f"{_GOOGLE}/train-images-idx3-ubyte.gz",
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     ),
     "t10k-images-idx3-ubyte.gz": Remote(
-        f"{_GOOGLE}/t10k-images-idx3-ubyte.gz", "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6"
+        f"{_GOOGLE}/t10k-images-idx3-ubyte.gz",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     ),
     "images_background_small1.zip": Remote(
         f"{_LAKE}/images_background_small1.zip", "f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4"
@@ -71,6 +75,8 @@ _REMOTES = {
     "caltech101_silhouettes_28.mat": Remote("https://people.cs.umass.edu/~marlin/data/caltech101_silhouettes_28.mat"),
     "frey_rawface.mat": Remote("https://cs.nyu.edu/~roweis/data/frey_rawface.mat"),
 }
+# The only pickle that is read: any other could run code, or ask for all of the memory.
+_FREY_PICKLE = "3b69410c6a5fd6e03f09012905168be3712373a094a776f7e58fcd0670d2138a"
 # SHA-256 of all pixels of a data set, as bytes, in the order of its publication.
 _CHECKSUMS = {
     "static MNIST": "07ad6da6ba6894a550cb68ae290ff3deb006a01f6b6ce1b3123edec502f1fce8",
@@ -114,8 +120,8 @@ def load_static_mnist(
     parts = ("train", "valid", "test")
     packed = files.local("mnist_static_packbits.npz")
     if packed is not None:
-        with np.load(packed) as arrays:
-            pixels = [np.unpackbits(arrays[part], axis=1)[:, : 28 * 28] for part in parts]
+        array = untrusted.arrays(packed)
+        pixels = [np.unpackbits(array(part), axis=1)[:, : 28 * 28] for part in parts]
     else:
         pixels = [_read_amat(_get(files, f"binarized_mnist_{part}.amat")) for part in parts]
     _check("static MNIST", pixels)
@@ -185,10 +191,10 @@ def load_omniglot(
     files = Files("omniglot_small", folder)
     small = files.local("omniglot_small_28x28.npz")
     if small is not None:
-        with np.load(small) as arrays:
-            pixels = arrays["x"].reshape(-1, 28 * 28)
+        pixels = untrusted.arrays(small)("x").reshape(-1, 28 * 28)
     else:
-        pixels = _read_drawings([_get(files, f"images_background_small{number}.zip") for number in (1, 2)])
+        archives = [f"images_background_small{number}.zip" for number in (1, 2)]
+        pixels = _read_drawings({archive: _get(files, archive) for archive in archives})
     _check("Omniglot", [pixels])
     return _images(_shuffled_parts(pixels, "Omniglot"), (1, 28, 28), dtype, device)
 
@@ -219,9 +225,8 @@ def load_caltech_silhouettes(
     References:
         Marlin, Swersky, Chen, de Freitas (2010), "Inductive principles for restricted Boltzmann machine learning".
     """
-    from scipy.io import loadmat
-
-    x = loadmat(_get(Files("caltech_silhouettes", folder), "caltech101_silhouettes_28.mat"))["X"]
+    name = "caltech101_silhouettes_28.mat"
+    x = _read_mat(name, _get(Files("caltech_silhouettes", folder), name), "X")
     # Stored with the background 1, column by column.
     pixels = (1 - x.astype(np.uint8)).reshape(-1, 28, 28).swapaxes(1, 2).reshape(-1, 28 * 28)
     _check("Caltech silhouettes", [pixels])
@@ -237,7 +242,8 @@ def load_frey_faces(
 ) -> Images:
     """Return the frames of Brendan Frey's face in 256 grey levels: 1,565 / 200 / 200 images of 28 x 20.
 
-    From `frey_rawface.mat`, or the `freyfaces.pkl` that autoencoders are often trained on. Frames that follow one
+    From `frey_rawface.mat`, or the `freyfaces.pkl` that autoencoders are often trained on: that very file, of a known
+    checksum, for any other pickle could run code. Frames that follow one
     another are nearly equal: the permutation of `numpy.random.RandomState(0)` splits them.
 
     Args:
@@ -256,12 +262,11 @@ def load_frey_faces(
     files = Files("freyfaces", folder)
     pickled = files.local("freyfaces.pkl")
     if pickled is not None:
-        with pickled.open("rb") as file:
-            (pixels,) = _ArrayUnpickler(file, encoding="latin1").load()
+        content = untrusted.read(pickled, sha256=_FREY_PICKLE)
+        (pixels,) = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     else:
-        from scipy.io import loadmat
-
-        pixels = np.ascontiguousarray(loadmat(_get(files, "frey_rawface.mat"))["ff"].T)
+        name = "frey_rawface.mat"
+        pixels = np.ascontiguousarray(_read_mat(name, _get(files, name), "ff").T)
     _check("Frey faces", [pixels])
     return _images(_shuffled_parts(pixels, "Frey faces"), (1, 28, 20), dtype, device)
 
@@ -320,8 +325,8 @@ class Resampled:
         self.values.copy_(self.draw(self.source))
 
 
-def _get(files: Files, name: str) -> Path:
-    return files.get(name, _REMOTES[name])
+def _get(files: Files, name: str) -> bytes:
+    return files.read(name, _REMOTES[name])
 
 
 def _check(name: str, parts: Sequence[Pixels]) -> None:
@@ -354,38 +359,58 @@ def _shuffled_parts(pixels: Pixels, name: str) -> list[Pixels]:
     return [shuffled[:train], shuffled[train : train + validation], shuffled[train + validation :]]
 
 
-def _read_amat(path: Path) -> Pixels:
+def _read_amat(content: bytes) -> Pixels:
     """Read lines of 784 zeros and ones with spaces between."""
-    text = np.fromfile(path, np.uint8)
+    text = np.frombuffer(content, np.uint8)
     digits = text[(text == ord("0")) | (text == ord("1"))]
     bits: Pixels = digits - ord("0")
     return bits.reshape(-1, 28 * 28)
 
 
-def _read_idx(path: Path) -> Pixels:
+def _read_idx(content: bytes) -> Pixels:
     """Read images in MNIST's own format: four big-endian whole numbers, the last three the shape, then bytes."""
-    with gzip.open(path) as file:
-        content = file.read()
     size, height, width = np.frombuffer(content, ">i4", 3, 4).tolist()
     return np.frombuffer(content, np.uint8, offset=16).reshape(size, height * width)
 
 
-def _read_drawings(paths: Sequence[Path]) -> Pixels:
+def _read_mat(name: str, content: bytes, variable: str) -> npt.NDArray[Any]:
+    """Read an array of a file in MATLAB's format.
+
+    The format is a header of 128 bytes and elements: their type and size, two whole numbers, and their data. Elements
+    of type 15 are compressed, and are decompressed here, within bounds.
+
+    References:
+        The MathWorks, "MAT-file format", version 5.
+    """
+    from scipy.io import loadmat
+
+    plain, rest = [content[:128]], content[128:]
+    order: Literal["little", "big"] = "big" if content[126:128] == b"MI" else "little"
+    while len(rest) >= 8:
+        kind, size = (int.from_bytes(rest[start : start + 4], order) for start in (0, 4))
+        element, rest = rest[: 8 + size], rest[8 + size :]
+        plain.append(untrusted.inflate(name, element[8:])[0] if kind == 15 else element)
+    with untrusted.damaged(name):
+        found: npt.NDArray[Any] = loadmat(io.BytesIO(b"".join(plain)), variable_names=[variable])[variable]
+    return found
+
+
+def _read_drawings(archives: dict[str, bytes]) -> Pixels:
     """Read the PNGs of archives, in the order of their names, as 28 x 28 pixels of ink."""
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
         raise ImportError("reading Omniglot's archives needs Pillow: pip install 'pyro-nf[models]'") from error
     drawings = {}
-    for path in paths:
-        with zipfile.ZipFile(path) as archive:
-            for name in archive.namelist():
-                if name.endswith(".png"):
-                    # Alphabet, character, file: some alphabets are in both archives.
-                    key = "/".join(Path(name).parts[-3:])
-                    with Image.open(io.BytesIO(archive.read(name))) as image:
-                        ink = ImageOps.invert(image.convert("L"))
-                    drawings[key] = np.asarray(ink.resize((28, 28), Image.Resampling.BOX)).ravel()
+    for archive, content in archives.items():
+        names, member = untrusted.unzip(archive, content)
+        for name in names:
+            if name.endswith(".png"):
+                # Alphabet, character, file: some alphabets are in both archives.
+                key = "/".join(Path(name).parts[-3:])
+                with Image.open(io.BytesIO(member(name))) as image:
+                    ink = ImageOps.invert(image.convert("L"))
+                drawings[key] = np.asarray(ink.resize((28, 28), Image.Resampling.BOX)).ravel()
     return np.stack([drawings[key] for key in sorted(drawings)])
 
 

@@ -2,7 +2,7 @@
 
 import csv
 import difflib
-import gzip
+import io
 import math
 import os
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyro_nf import untrusted
 from pyro_nf.arguments import checked
 from pyro_nf.models.files import Files, Remote
 
@@ -132,7 +133,7 @@ def load(
     if percent_missing not in PERCENTS:
         raise ValueError(f"percent_missing must be one of {', '.join(map(str, PERCENTS))}; got {percent_missing!r}")
     data, types, missing = (_file(name, part) for part in ("data", "data_types", f"Missing{percent_missing}_1"))
-    return read(data, types, missing, dtype=dtype, device=device)
+    return _table(data, types, missing, dtype, device)
 
 
 @checked
@@ -157,22 +158,10 @@ def read(
 
     Raises:
         ValueError: If an entry is no number or not of its column's kind, or the files do not fit; with the column's
-            number, from 1.
+            number, from 1. If a file holds or unpacks to more than 256 MiB.
     """
-    columns = _read_types(Path(types))
-    rows = _read_numbers(Path(data), columns)
-    values = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(columns))
-    for d, column in enumerate(columns):
-        if column.kind in _WITH_CLASSES:
-            known = values[:, d][~values[:, d].isnan()]
-            if len(known):
-                values[:, d] -= known.min()
-    observed = ~values.isnan()
-    if missing is not None:
-        positions = _read_positions(Path(missing), len(rows), columns)
-        observed[positions[:, 0] - 1, positions[:, 1] - 1] = False
-    dtype = torch.get_default_dtype() if dtype is None else dtype
-    return make(columns, values.to(device, dtype), observed.to(device))
+    hidden = None if missing is None else _sheet(Path(missing))
+    return _table(_sheet(Path(data)), _sheet(Path(types)), hidden, dtype, device)
 
 
 @checked
@@ -235,35 +224,64 @@ def _check_values(column: Column, values: Tensor) -> None:
         raise ValueError(f"{column} must hold {accepted}; got {got} in row {row + 1}")
 
 
-def _lines(path: Path) -> list[list[str]]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {str(path)!r}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    # Line ends of all systems: HI-VAE's files have three kinds.
-    with opener(path, "rt", newline=None) as file:
-        return [line for line in csv.reader(file) if line]
+class _Sheet(NamedTuple):
+    """The entries of a comma-separated file, line by line, and its name for messages."""
+
+    name: str
+    lines: list[list[str]]
 
 
-def _read_types(path: Path) -> tuple[Column, ...]:
-    header, *lines = _lines(path) or [[]]
+def _sheet(path: Path, sha256: str | None = None) -> _Sheet:
+    content = untrusted.read(path, sha256=sha256)
+    with untrusted.damaged(str(path)):
+        # Line ends of all systems: HI-VAE's files have three kinds.
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8", newline=None)
+        return _Sheet(path.name, [line for line in csv.reader(text) if line])
+
+
+def _table(
+    data: _Sheet,
+    types: _Sheet,
+    missing: _Sheet | None,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> Table:
+    columns = _read_types(types)
+    rows = _read_numbers(data, columns)
+    values = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(columns))
+    for d, column in enumerate(columns):
+        if column.kind in _WITH_CLASSES:
+            known = values[:, d][~values[:, d].isnan()]
+            if len(known):
+                values[:, d] -= known.min()
+    observed = ~values.isnan()
+    if missing is not None:
+        positions = _read_positions(missing, len(rows), columns)
+        observed[positions[:, 0] - 1, positions[:, 1] - 1] = False
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    return make(columns, values.to(device, dtype), observed.to(device))
+
+
+def _read_types(sheet: _Sheet) -> tuple[Column, ...]:
+    header, *lines = sheet.lines or [[]]
     if header[:1] != ["type"] or "nclass" not in header:
-        raise ValueError(f"{path.name} must begin with the line type,dim,nclass; got {','.join(header)!r}")
+        raise ValueError(f"{sheet.name} must begin with the line type,dim,nclass; got {','.join(header)!r}")
     columns = []
     for number, line in enumerate(lines, 1):
         entry = dict(zip(header, line, strict=False))
         kind, classes = entry["type"].strip(), entry.get("nclass", "").strip()
         if kind in _WITH_CLASSES and not classes.isdigit():
-            raise ValueError(f"{path.name}: column {number} ({kind}) must have its number of classes; got {classes!r}")
+            raise ValueError(f"{sheet.name}: column {number} ({kind}) must have its number of classes; got {classes!r}")
         columns.append(Column(str(number), kind, int(classes) if kind in _WITH_CLASSES else 0))
         _check_column(columns[-1])
     return tuple(columns)
 
 
-def _read_numbers(path: Path, columns: Sequence[Column]) -> list[list[float]]:
+def _read_numbers(sheet: _Sheet, columns: Sequence[Column]) -> list[list[float]]:
     rows = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(sheet.lines, 1):
         if len(line) != len(columns):
-            raise ValueError(f"{path.name}: row {number} has {len(line)} entries; the types are of {len(columns)}")
+            raise ValueError(f"{sheet.name}: row {number} has {len(line)} entries; the types are of {len(columns)}")
         rows.append([_number(text, column, number) for text, column in zip(line, columns, strict=True)])
     return rows
 
@@ -275,24 +293,24 @@ def _number(text: str, column: Column, row: int) -> float:
         raise ValueError(f"{column} must hold numbers, or NaN; got {text!r} in row {row}") from None
 
 
-def _read_positions(path: Path, num_rows: int, columns: Sequence[Column]) -> Tensor:
+def _read_positions(sheet: _Sheet, num_rows: int, columns: Sequence[Column]) -> Tensor:
     positions = []
-    for line in _lines(path):
+    for line in sheet.lines:
         try:
             row, column = (int(text) for text in line)
         except ValueError:
-            raise ValueError(f"{path.name} must hold lines row,column; got {','.join(line)!r}") from None
+            raise ValueError(f"{sheet.name} must hold lines row,column; got {','.join(line)!r}") from None
         if not (1 <= row <= num_rows and 1 <= column <= len(columns)):
             raise ValueError(
-                f"{path.name} must hold rows of 1 .. {num_rows} and columns of 1 .. {len(columns)}; "
+                f"{sheet.name} must hold rows of 1 .. {num_rows} and columns of 1 .. {len(columns)}; "
                 f"got row {row}, column {column}"
             )
         positions.append((row, column))
     return torch.tensor(positions, dtype=torch.long).reshape(-1, 2)
 
 
-def _file(name: str, part: str) -> Path:
-    """Return the path of a file of one of HI-VAE's tables, downloaded if need be."""
-    files, file = Files(_FOLDER), f"{name}_{part}.csv"
-    remote = Remote(_ADDRESS.format(name=name, part=part), _FILES[name][part])
-    return files.local(f"{file}.gz") or files.get(file, remote)
+def _file(name: str, part: str) -> _Sheet:
+    """Return a file of one of HI-VAE's tables, downloaded if need be."""
+    files, file, checksum = Files(_FOLDER), f"{name}_{part}.csv", _FILES[name][part]
+    path = files.local(f"{file}.gz") or files.get(file, Remote(_ADDRESS.format(name=name, part=part), checksum))
+    return _sheet(path, checksum)

@@ -5,7 +5,8 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ _MANY_COORDINATES = 256
 _MANY_OPERATIONS = 1000
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
+Ask = Callable[[Tensor], tuple[Tensor, ...]]
+_T = TypeVar("_T")
 # Those that are operations of their own, by their `id`.
 _long_densities: "weakref.WeakValueDictionary[int, Density]" = weakref.WeakValueDictionary()
 
@@ -165,43 +168,75 @@ def scripted(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., An
 
 
 class Together:
-    """A batched function for several threads: their calls are answered as one batch, once all of them have asked.
+    """A batched function for several threads: what they ask is answered as one batch, once all of them have asked.
+
+    The function runs in the thread that calls `run`, so that it finds there what it would find without threads, and
+    whatever it raises, Ctrl-C too, is raised there. The first exception, in any of the threads, ends them all.
 
     Args:
         function: `(num_points, dim) -> tensors`, with a row for each point.
-        num_threads: How many will ask; each says `leave` when it will not ask again.
     """
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], num_threads: int) -> None:
-        self.function, self.num_threads = function, num_threads
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        self.function = function
         self._asked: dict[int, Tensor] = {}
-        self._answers: dict[int, Any] = {}
+        self._answers: dict[int, tuple[Tensor, ...]] = {}
+        self._num_running = 0
+        self._error: BaseException | None = None
         self._changed = threading.Condition()
 
-    def __call__(self, thread: int, point: Tensor) -> tuple[Tensor, ...]:
-        """Return the function's results at this thread's point."""
-        with self._changed:
-            self._asked[thread] = point
-            self._answer()
-            self._changed.wait_for(lambda: thread in self._answers)
-            answer = self._answers.pop(thread)
-        if isinstance(answer, Exception):
-            raise answer
-        return tuple(answer)
+    def run(self, job: Callable[[int, Ask], _T], num_threads: int) -> list[_T]:
+        """Return `job(number, ask)` of each thread, where `ask(point)` are the function's results at a point.
 
-    def leave(self) -> None:
-        """Let the others go on without this thread."""
-        with self._changed:
-            self.num_threads -= 1
-            self._answer()
+        Raises:
+            BaseException: What the function or a job has raised first.
+        """
+        self._num_running = num_threads
+        with ThreadPoolExecutor(num_threads) as pool:
+            try:
+                futures = [pool.submit(self._work, job, number) for number in range(num_threads)]
+                self._serve()
+            except BaseException as error:  # the pool waits for its threads, which wait for answers
+                self._end(error)
+        if self._error is not None:
+            raise self._error
+        return [future.result() for future in futures]
 
-    def _answer(self) -> None:
-        if not self._asked or len(self._asked) < self.num_threads:
-            return
+    def _work(self, job: Callable[[int, Ask], _T], number: int) -> _T:
         try:
-            rows: Any = zip(*self.function(torch.stack(list(self._asked.values()))), strict=True)
-        except Exception as error:  # whatever it raises, each thread that waits for it raises
-            rows = [error] * len(self._asked)
-        self._answers.update(zip(self._asked, rows, strict=True))
-        self._asked.clear()
-        self._changed.notify_all()
+            return job(number, lambda point: self._ask(number, point))
+        except BaseException as error:
+            self._end(error)
+            raise
+        finally:
+            with self._changed:
+                self._num_running -= 1
+                self._changed.notify_all()
+
+    def _ask(self, number: int, point: Tensor) -> tuple[Tensor, ...]:
+        with self._changed:
+            self._asked[number] = point
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: number in self._answers or self._error is not None)
+            if self._error is not None:
+                raise RuntimeError("another thread ended the run") from self._error
+            return self._answers.pop(number)
+
+    def _serve(self) -> None:
+        """Answer until no thread is left."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._error is not None or len(self._asked) == self._num_running)
+                if self._error is not None or not self._num_running:
+                    return
+                numbers = sorted(self._asked)  # who asked first is chance, and rounding may depend on the order
+                points = torch.stack([self._asked.pop(number) for number in numbers])
+            rows = list(zip(*self.function(points), strict=True))
+            with self._changed:
+                self._answers.update(zip(numbers, rows, strict=True))
+                self._changed.notify_all()
+
+    def _end(self, error: BaseException) -> None:
+        with self._changed:
+            self._error = error if self._error is None else self._error
+            self._changed.notify_all()

@@ -1,7 +1,6 @@
 """Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyro_nf.density import Density, Together
+from pyro_nf.density import Ask, Density, Together
 from pyro_nf.distributions import FlowDistribution
 
 # Starting points lie in this cube, as Stan's do.
@@ -142,25 +141,20 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
 
 def _climb(density: Density, points: Tensor) -> Tensor:
     """Return where L-BFGS ends from each point, `(num_runs, dim)`; the runs take their gradients together."""
-    gradients = Together(density.gradients, len(points))
 
-    def run(number: int) -> Tensor:
+    def climb(number: int, gradients: Ask) -> Tensor:
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-            gradient, value = gradients(number, torch.as_tensor(x).to(points))
+            gradient, value = gradients(torch.as_tensor(x).to(points))
             if not (value.isfinite() and gradient.isfinite().all()):
                 return math.inf, np.zeros_like(x)  # the line search steps back
             return -float(value), -gradient.double().cpu().numpy()
 
-        try:
-            start = points[number].double().cpu().numpy()
-            options = {"maxiter": _MAX_ITERATIONS}
-            result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
-        finally:
-            gradients.leave()
+        start = points[number].double().cpu().numpy()
+        options = {"maxiter": _MAX_ITERATIONS}
+        result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
         return torch.as_tensor(result.x).to(points)
 
-    with ThreadPoolExecutor(len(points)) as pool:
-        return torch.stack(list(pool.map(run, range(len(points)))))
+    return torch.stack(Together(density.gradients).run(climb, len(points)))
 
 
 def _scale_tril(hessian: Tensor) -> Tensor | None:

@@ -99,6 +99,18 @@ class Program:
             self._structures[key] = Structure(particle, subsamples, count.size, like)
         return self._structures[key]
 
+    def check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check data of shapes that may be known already, by a run. The global random state stays as it was.
+
+        Raises:
+            ValueError: If observed values are NaN and not masked.
+        """
+        with torch.random.fork_rng(), torch.no_grad(), poutine.block():
+            sites = self._run(args, kwargs).model.nodes.items()
+        for name, site in sites:
+            if is_data(site):
+                _check_data(name, site)
+
     def draw(
         self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int | None = None
     ) -> Draws:

@@ -1,6 +1,7 @@
 """Log densities in batches: recorded or not, batched or not, and asked for by several threads."""
 
-from concurrent.futures import ThreadPoolExecutor
+import signal
+import threading
 
 import pytest
 import torch
@@ -68,42 +69,53 @@ def test_a_density_of_many_operations_is_the_same():
     assert all(map(torch.allclose, recorded(points), (gradients, values)))
 
 
-def test_threads_are_answered_together_and_may_leave():
-    batches = []
+def test_threads_are_answered_together_in_their_order_where_run_was_called():
+    batches, here = [], threading.current_thread()
 
     def function(points):
-        batches.append(len(points))
+        assert threading.current_thread() is here
+        batches.append(points[:, 0].tolist())
         return (points.square(),)
 
-    together = Together(function, 3)
+    def job(number, ask):
+        return [float(ask(torch.full((1,), float(number)))[0]) for _ in range(number + 1)]
 
-    def run(number):
-        try:
-            return [float(together(number, torch.full((1,), float(number)))[0]) for _ in range(number + 1)]
-        finally:
-            together.leave()
-
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(run, range(3))) == [[0.0], [1.0, 1.0], [4.0, 4.0, 4.0]]
-    assert batches == [3, 2, 1]
+    assert Together(function).run(job, 3) == [[0.0], [1.0, 1.0], [4.0, 4.0, 4.0]]
+    assert batches == [[0.0, 1.0, 2.0], [1.0, 2.0], [2.0]]
 
 
-def test_an_error_reaches_every_thread_that_waits_for_it():
+# What ends programs and tests is no Exception.
+@pytest.mark.parametrize("error", [ValueError, SystemExit, KeyboardInterrupt, GeneratorExit, pytest.fail.Exception])
+@pytest.mark.parametrize("raised_by", ["function", "job"])
+def test_the_first_error_ends_all_threads_and_is_raised(error, raised_by):
     def function(points):
-        raise ValueError("no density here")
+        if raised_by == "function":
+            raise error("no more")
+        return (points,)
 
-    together = Together(function, 2)
+    def job(number, ask):
+        for _ in range(10_000):
+            ask(torch.zeros(1))
+            if number == 1:
+                raise error("no more")
 
-    def run(number):
-        try:
-            with pytest.raises(ValueError, match="no density here"):
-                together(number, torch.zeros(1))
-        finally:
-            together.leave()
-        return True
+    before = threading.active_count()
+    with pytest.raises(error, match="no more"):
+        Together(function).run(job, 3)
+    assert threading.active_count() == before
 
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(run, range(2))) == [True, True]
+
+def test_ctrl_c_ends_all_threads():
+    def job(number, ask):
+        if number == 0:
+            signal.raise_signal(signal.SIGINT)  # Python handles it in the main thread, which waits
+        while True:
+            ask(torch.zeros(1))
+
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        Together(lambda points: (points,)).run(job, 3)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize("dim", [2, 300])

@@ -45,3 +45,18 @@ def test_a_point_on_the_way_into_a_funnel_is_no_mode():
 def test_distance_is_in_the_modes_standard_deviations():
     (mode, _) = find_modes(Density(two), torch.tensor([[3.0, 3.0], [-3.0, -3.0]]))
     assert distance(mode, mode.loc + torch.tensor([[2.0, 0.0]]))[0] == pytest.approx(math.sqrt(2), rel=1e-2)
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, pytest.fail.Exception, ValueError])
+def test_an_error_of_the_model_ends_all_climbs(error):
+    calls = 0
+
+    def ends(x):
+        nonlocal calls
+        calls += 1
+        if calls > 20:
+            raise error("no more")
+        return two(x) if bool(x.detach()[0] < 0) else 2 * two(x)  # cannot be batched
+
+    with pytest.raises(error, match="no more"):
+        find_modes(Density(ends), starting_points(8, torch.zeros(2)))

@@ -10,19 +10,9 @@ import pytest
 from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = [
-    "arguments",
-    "networks",
-    "flows",
-    "distributions",
-    "supports",
-    "noise",
-    "tracing",
-    "coordinates",
-    "density",
-    "improper",
-]
-ROOMS += ["modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
+ROOMS = ["arguments", "untrusted", "networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates"]
+ROOMS += ["density", "improper", "modes", "normals", "transport", "objectives", "diagnostics", "inference"]
+ROOMS += ["guides", "models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 

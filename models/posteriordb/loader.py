@@ -1,23 +1,23 @@
 """Posteriors of posteriordb: model, data, reference draws."""
 
 import difflib
-import gzip
 import json
 import os
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf import untrusted
 from pyro_nf.arguments import checked
 from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
 
 _VARIABLE = "PYRO_NF_POSTERIORDB"
+_T = TypeVar("_T")
 
 
 class Posterior(NamedTuple):
@@ -77,6 +77,8 @@ def load(
 
     Raises:
         ValueError: If there is no such name (the nearest one is offered), no such folder, or no such posterior in it.
+            If a file is damaged, holds or unpacks to more than 256 MiB, or lies outside the folder, by its name or by
+            a link.
 
     References:
         Magnusson, Torgander, Bürkner, Zhang, Carpenter, Vehtari (2024), "posteriordb: testing, benchmarking and
@@ -93,11 +95,13 @@ def load(
         raise ValueError(f"name must be one of the {len(ENTRIES)} in posteriordb.names(); got {name!r}{hint}")
     entry, record = ENTRIES[name], _read(_folder(folder), name)
     tensor = partial(torch.as_tensor, dtype=dtype, device=device)
-    args = tuple(value if isinstance(value, int) else tensor(value) for value in entry.arguments(_arrays(record.data)))
     reference = None
-    if record.draws is not None:
-        draws = {**record.draws, **entry.derived(record.draws)}
-        reference = {site: tensor(values) for site, values in draws.items()}
+    with untrusted.damaged(f"the folder's record of {name}"):
+        given = entry.arguments(_arrays(record.data))
+        args = tuple(value if isinstance(value, int) else tensor(value) for value in given)
+        if record.draws is not None:
+            draws = {**record.draws, **entry.derived(record.draws)}
+            reference = {site: tensor(values) for site, values in draws.items()}
     return Posterior(name, entry.model, args, reference, record.log_evidence, record.log_evidence_se)
 
 
@@ -120,16 +124,17 @@ def _read(folder: Path, name: str) -> _Record:
 
 
 def _read_indexed(folder: Path, name: str) -> _Record:
-    entries = {entry["name"]: entry for entry in json.loads((folder / "index.json").read_text())}
+    entries = _parse(folder / "index.json", lambda index: {entry["name"]: entry for entry in index})
     if name not in entries:
         raise ValueError(f"folder {str(folder)!r} has no posterior {name!r} in its index.json")
     entry = entries[name]
-    with gzip.open(folder / "data" / f"{entry['data']}.json.gz") as file:
-        data = json.load(file)
-    draws, path = None, folder / "reference" / f"{entry['reference']}.npz"
+    with untrusted.damaged(str(folder / "index.json")):
+        data, reference = entry["data"], entry["reference"]
+    data = _parse(untrusted.inside(folder, "data", f"{data}.json.gz"), dict)
+    draws, path = None, untrusted.inside(folder, "reference", f"{reference}.npz")
     if path.is_file():
-        with np.load(path) as arrays:
-            draws = _by_site(arrays["names"].tolist(), arrays["draws"])
+        array = untrusted.arrays(path)
+        draws = _by_site(array("names").tolist(), array("draws"))
     return _Record(data, draws, entry.get("log_evidence"), entry.get("log_evidence_se"))
 
 
@@ -137,21 +142,26 @@ def _read_original(database: Path, name: str) -> _Record:
     path = database / "posteriors" / f"{name}.json"
     if not path.is_file():
         raise ValueError(f"folder {str(database)!r} has no posterior {name!r}")
-    entry = json.loads(path.read_text())
-    data = _read_zip(database / "data" / "data" / f"{entry['data_name']}.json.zip")
-    reference = entry.get("reference_posterior_name")
-    path = database / "reference_posteriors" / "draws" / "draws" / f"{reference}.json.zip"
-    if not path.is_file():
-        return _Record(data)
-    chains = _read_zip(path)
+    data_name, reference = _parse(path, lambda entry: (entry["data_name"], entry.get("reference_posterior_name")))
+    data = _parse(untrusted.inside(database, "data", "data", f"{data_name}.json.zip"), dict)
+    path = untrusted.inside(database, "reference_posteriors", "draws", "draws", f"{reference}.json.zip")
+    return _Record(data, _parse(path, _draws) if path.is_file() else None)
+
+
+def _draws(chains: list[dict[str, list[float]]]) -> dict[str, Floats]:
     variables = list(chains[0])
-    draws = np.array([[chain[variable] for variable in variables] for chain in chains])
-    return _Record(data, _by_site(variables, draws.swapaxes(1, 2)))
+    draws = np.array([[chain[variable] for variable in variables] for chain in chains], np.float64)
+    return _by_site(variables, draws.swapaxes(1, 2))
 
 
-def _read_zip(path: Path) -> Any:
-    with zipfile.ZipFile(path) as archive, archive.open(path.stem) as file:
-        return json.load(file)
+def _parse(path: Path, make: Callable[[Any], _T]) -> _T:
+    """Read JSON, as it is, compressed (`.gz`) or the member of an archive (`.zip`), and make something of it."""
+    content = untrusted.read(path)
+    if path.suffix == ".zip":
+        _, member = untrusted.unzip(str(path), content)
+        content = member(path.stem)
+    with untrusted.damaged(str(path)):
+        return make(json.loads(content))
 
 
 def _arrays(data: Mapping[str, Any]) -> Data:

@@ -7,6 +7,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
+_MAX_TRIES = 10_000
+
 
 class Restricted(TorchDistribution):
     r"""A distribution on a part of its support: `p(x) = base(x)` there, *not* renormalised.
@@ -47,13 +49,23 @@ class Restricted(TorchDistribution):
         return Restricted(self.base_dist.expand(batch_shape), self._support, validate_args=False)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Return draws `(*sample_shape, *batch, *event)`."""
+        """Return draws `(*sample_shape, *batch, *event)`.
+
+        Raises:
+            ValueError: If some draw is still outside after 10,000 tries.
+        """
         shape = torch.Size(sample_shape)
         draws: Tensor = self.base_dist.sample(shape)
-        while not bool((inside := self._support.check(draws)).all()):
+        for _ in range(_MAX_TRIES):
+            inside = self._support.check(draws)
+            if bool(inside.all()):
+                return draws
             inside = inside[(...,) + (None,) * self.event_dim]
             draws = torch.where(inside, draws, self.base_dist.sample(shape))
-        return draws
+        raise ValueError(
+            f"no draw of {self.base_dist} fell into {self._support} in {_MAX_TRIES} tries: its parameters are NaN, or "
+            "that part of its support has next to no probability"
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the base's log density, `(*shape, *batch)`, at a value inside the support."""

@@ -83,7 +83,8 @@ def solve_increasing(
     # 8 more for functions that bend on a scale much smaller than the bracket.
     halvings = math.ceil(-0.5 * math.log2(torch.finfo(target.dtype).eps)) + 8
     x = 0.5 * (lower + upper)
-    for step in range(halvings + 4):
+    # Tensors that have shapes alone, on the device "meta", have no digits to find.
+    for step in range(1 if target.is_meta else halvings + 4):
         value, slope = function(x)
         above = value > target
         lower, upper = torch.where(above, lower, x), torch.where(above, x, upper)

@@ -2,6 +2,7 @@
 
 import math
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_nf import untrusted
+from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.optim import State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
+
+# The largest checkpoint that is read: 1 GiB, for histories, and so many tensors of the parameters' size.
+_MAX_BYTES, _MAX_COPIES = 2**30, 32
 
 
 @dataclass
@@ -66,8 +72,8 @@ class Progress:
         if self.best_evaluation is evaluation:
             self.best = params
 
-    def save(self, path: Path, ranks: Ranks) -> None:
-        """Write all of it, and each process's random state, to a file that is whole or the old one.
+    def save(self, path: Path, ranks: Ranks, identity: Identity) -> None:
+        """Write all of it, what it is of, and each process's random state, to a file that is whole or the old one.
 
         Every process calls this; the first one writes.
         """
@@ -75,6 +81,8 @@ class Progress:
         if ranks.index > 0:
             return
         content = {
+            "fingerprint": identity.fingerprint(),
+            "fixed_tensors": identity.fixed_tensors(),
             "state": self.state._asdict(),
             "schedule": self.schedule.state(),
             "history": self.history,
@@ -83,38 +91,60 @@ class Progress:
             "seconds": self.seconds,
             "random": random,
         }
-        partial = path.with_name(f"{path.name}.partial")
-        torch.save(content, partial)
-        os.replace(partial, path)
+        untrusted.replace(path, lambda file: torch.save(content, file))
 
     @classmethod
-    def load(cls, path: Path, params: Tensor, ranks: Ranks) -> "Progress":
-        """Read on the first process a file that `save` wrote; set each process's random state as it was.
+    def load(cls, path: Path, params: Tensor, ranks: Ranks, identity: Identity) -> tuple["Progress", list[Tensor]]:
+        """Read on the first process a file that `save` wrote; return what it holds, and this process's random state.
+
+        Model and guide take over its fixed tensors.
 
         Raises:
-            ValueError: If it belongs to another number of parameters than `params` has, or to another number of
-                processes.
+            ValueError: If it is no such file, or belongs to another fit, to another number of parameters than `params`
+                has, or to another number of processes.
         """
-        content: dict[str, Any] = ranks.from_first(lambda: torch.load(path, map_location="cpu", weights_only=True))
-        state = State(*(content["state"][name].to(params.device) for name in State._fields))
-        if state.params.shape != params.shape:
+        content: dict[str, Any] = ranks.from_first(lambda: _read(path, params))
+        if "fingerprint" not in content:
             raise ValueError(
-                f"checkpoint {str(path)!r} holds {len(state.params)} parameters; model and guide have {len(params)}"
+                f"checkpoint {str(path)!r} was written by a version of pyro-nf that did not note of what model, data "
+                "and options it is: run the fit anew"
             )
-        if len(content["random"]) != ranks.size:
+        with untrusted.damaged(str(path)):
+            tensors = {name: content["state"][name].to(params.device) for name in State._fields}
+            size, random = len(tensors["params"]), content["random"]
+            fit = cls(
+                State(**tensors),
+                PlateauSchedule.from_state(content["schedule"]),
+                [elbos.to(params.device) for elbos in content["history"]],
+                [Evaluation(*evaluation) for evaluation in content["evaluations"]],
+                content["best"].to(params.device),
+                content["seconds"],
+            )
+        if size != len(params):
+            raise ValueError(f"checkpoint {str(path)!r} holds {size} parameters; model and guide have {len(params)}")
+        if len(random) != ranks.size:
             raise ValueError(
-                f"checkpoint {str(path)!r} is of {len(content['random'])} processes, each with its random state; "
+                f"checkpoint {str(path)!r} is of {len(random)} processes, each with its random state; "
                 f"there are {ranks.size}"
             )
-        set_random_state(content["random"][ranks.index])
-        return cls(
-            state,
-            PlateauSchedule.from_state(content["schedule"]),
-            [elbos.to(params.device) for elbos in content["history"]],
-            [Evaluation(*evaluation) for evaluation in content["evaluations"]],
-            content["best"].to(params.device),
-            content["seconds"],
-        )
+        ranks.same(lambda: identity.check(str(path), content["fingerprint"], content["fixed_tensors"]))
+        return fit, random[ranks.index]
+
+
+def _read(path: Path, params: Tensor) -> dict[str, Any]:
+    """Read tensors and plain values, and nothing that could run or unpack to more than the file's own size."""
+    with untrusted.open_regular(path, _MAX_BYTES + _MAX_COPIES * params.nbytes) as file:
+        with untrusted.damaged(str(path)):
+            members = zipfile.ZipFile(file).infolist()
+            # As `torch.save` writes them: none is compressed, and so none lies about its size.
+            stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+            if not stored or sum(member.file_size for member in members) > os.fstat(file.fileno()).st_size:
+                raise ValueError("its parts are compressed, which those of a checkpoint are not")
+            file.seek(0)
+            content = torch.load(file, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise TypeError(f"a {type(content).__name__} is no checkpoint")
+        return content
 
 
 def random_state() -> list[Tensor]:

@@ -1,11 +1,13 @@
 """FlowSVI: fit a guide, stop when it is done, keep the best."""
 
 import copy
+import dataclasses
 import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,9 @@ from tqdm.auto import tqdm
 
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
+from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
+from pyro_nf.inference.minibatches import Arguments, Fault, Minibatches, in_words
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
@@ -24,6 +28,7 @@ from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
 from pyro_nf.objectives import ELBO, CoordinateELBO
 from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.untrusted import check_writable
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
 _MAX_RUN_SKIPPED = 100
@@ -38,8 +43,9 @@ _MAX_WORK, _MIN_STAGED_PARTICLES = 2**23, 64
 # Learning rates that are tried, for how many steps, and how far below the best of them the fit stays: what rises
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
+# Options that a checkpoint is of: with others, its fit would have been another one.
+_OPTIONS = ("num_particles", "learning_rate", "weight_decay", "eval_every", "clip_norm", "seed")
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Callback = Callable[[Evaluation], bool | None]
 
 
@@ -89,7 +95,8 @@ class FlowSVI:
             to minutes and makes small models many times faster. It is compared with the plain step first; where that
             fails, or the model cannot be recorded, a warning says why and the run goes on without. "auto" does as much
             of it as pays within `max_steps`, by an estimate from the number of operations.
-        checkpoint: A file to write the fit's whole state to at each evaluation, for `resume`.
+        checkpoint: A file to write the fit's whole state to at each evaluation, for `resume` (a fit to minibatches
+            cannot be resumed).
         callbacks: Called with each `Evaluation` while the guide holds the state that was reached; one that returns
             `True` ends the run.
         seed: Makes the run reproducible bit for bit on one machine, and leaves the global random state as it was.
@@ -181,18 +188,30 @@ class FlowSVI:
                 as tuples or lists of the model's arguments, dictionaries of keyword arguments, or one argument.
                 The model scales the likelihood to the whole data itself (`pyro.plate(name, size, len(batch))`). With
                 several processes each has batches of its own.
+                Each of the first pass, up to 5,000, is checked before its step, by one run of model and guide. Later
+                passes may hold others, drawn or augmented anew: where their data are NaN, their steps are skipped, and
+                the result says so, which is then not converged.
 
         Raises:
-            ValueError: If there are no batches; else as `run`.
+            ValueError: If there are no batches, or the data of one of the first pass hold NaN: the sentence says which
+                one; else as `run`.
+
+        Warns:
+            UserWarning: If minibatches of later passes were skipped.
         """
-        return self._run(_arguments(batches), fixed=False)
+        data = Minibatches(batches, self.program)
+        return _with_faults(self._run(data, fixed=False), list(itertools.chain(*Ranks().gather(data.faults))))
 
     def resume(self, *args: Any, **kwargs: Any) -> FitResult:
         """Go on with the run that wrote the checkpoint, to the result that it would have had, bit for bit.
 
+        A larger `max_steps` than that run's goes on further: where the old bound had begun to lower the learning rate,
+        it is held again. A smaller one ends the run earlier.
+
         Raises:
-            ValueError: If there is no checkpoint, or one of other parameters or of another number of processes; else as
-                `run`.
+            ValueError: If there is no checkpoint, or one of another model or guide, other data, options or seed,
+                another version of pyro-nf or another number of processes: the sentence says what was and what is. If
+                `max_steps` is less than the steps taken. Else as `run`.
         """
         if self.checkpoint is None or not Ranks().from_first(self.checkpoint.exists):
             got = None if self.checkpoint is None else str(self.checkpoint)
@@ -275,6 +294,8 @@ class FlowSVI:
             raise ValueError(f"model and guide must be the same on all processes; got parameters of shapes {shapes}")
         flat = ranks.of_first(read(params))
         write(flat, params)
+        identity = self._identity(params, ranks, args, kwargs, fixed)
+        resumed = None if resume is None else Progress.load(resume, flat, ranks, identity)
         adam = GuardedAdam(self.clip_norm, self.weight_decay)
         execution = make_execution(
             self.compile, self.program, self.objective, adam, params, ranks, self.max_steps, self.eval_every
@@ -301,7 +322,7 @@ class FlowSVI:
                 args, kwargs = next(data)
             return state, torch.cat(values)
 
-        if resume is None:
+        if resumed is None:
             state = State.start(flat)
             try:
                 rate = self._find_rate(advance, state) if self.learning_rate is None else self.learning_rate
@@ -310,7 +331,9 @@ class FlowSVI:
             fit = Progress(state, PlateauSchedule(rate, self.max_steps))
             fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
         else:
-            fit = Progress.load(resume, flat, ranks)
+            fit, random = resumed
+            fit.schedule.set_max_steps(self.max_steps, fit.steps)
+            set_random_state(random)
         earlier = fit.seconds
         stop_reason = ""
         hidden = not self.progress or ranks.index > 0
@@ -320,13 +343,17 @@ class FlowSVI:
                     num_steps = min(self.eval_every, fit.schedule.last_step - fit.steps)
                     self.objective.start_block(fit.steps, fit.scatter(self.num_particles), flat)
                     rates = fit.schedule.rates(fit.steps, num_steps, flat)
+                    if isinstance(data, Minibatches):
+                        data.start_block()
                     fit.state, elbos = advance(fit.state.restart_average(), rates)
+                    if isinstance(data, Minibatches):
+                        data.find_faults(elbos)
                     fit.history.append(elbos)
                     fit.observe(_of_steps(fit.steps, elbos), torch.stack([fit.state.average, fit.state.params]))
                     fit.schedule.observe([e for e in fit.evaluations if e.step >= self.objective.annealing_steps])
                     fit.seconds = earlier + time.perf_counter() - start
                     if self.checkpoint is not None:
-                        fit.save(self.checkpoint, ranks)
+                        fit.save(self.checkpoint, ranks, identity)
                     bar.total = fit.schedule.last_step
                     bar.update(fit.steps - bar.n)
                     bar.set_postfix_str(f"ELBO {fit.evaluations[-1].elbo:.3f}")
@@ -372,6 +399,16 @@ class FlowSVI:
             args=args if fixed else None,
             kwargs=kwargs if fixed else {},
         )
+
+    def _identity(
+        self, params: Sequence[Tensor], ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool
+    ) -> Identity:
+        """Return what a checkpoint of this fit is known by, once it is known that one can be written."""
+        path = self.checkpoint
+        if path is not None:
+            ranks.from_first(lambda: check_writable("checkpoint", path))
+        options = {name: getattr(self, name) for name in _OPTIONS}
+        return Identity(self.program, params, self.objective, options, args, kwargs, fixed)
 
     def _find_rate(self, advance: Callable[[State, Tensor], tuple[State, Tensor]], state: State) -> float:
         """Try each learning rate from the start, and return one below that whose last steps have the highest ELBO."""
@@ -447,21 +484,13 @@ class FlowSVI:
         )
 
 
-def _arguments(batches: Iterable[Any]) -> Iterator[Arguments]:
-    """Go through the batches again and again, each as arguments of the model."""
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            if isinstance(batch, Mapping):
-                yield (), dict(batch)
-            else:
-                yield (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
-        if empty:
-            raise ValueError(
-                "batches must give minibatches at each iteration over it; it gave none (a generator gives them once: "
-                "pass a list or a DataLoader)"
-            )
+def _with_faults(result: FitResult, faults: list[Fault]) -> FitResult:
+    """Say in the result which minibatches had no data to fit to: what comes without them is no fit to all the data."""
+    if not faults:
+        return result
+    reason = f"{in_words(faults, result.steps)} ({result.stop_reason.removeprefix('converged: ')})"
+    warnings.warn(reason, stacklevel=3)
+    return dataclasses.replace(result, converged=False, stop_reason=f"not converged: {reason}")
 
 
 def _of_steps(step: int, elbos: Tensor) -> Evaluation:

@@ -101,6 +101,17 @@ class Ranks:
         made: T = outcome[0]
         return made
 
+    def same(self, check: Callable[[], None]) -> None:
+        """Check something on each process, and raise on all what the first that fails raises."""
+        error = None
+        try:
+            check()
+        except ValueError as raised:
+            error = raised
+        failed = next((each for each in self.gather(error) if each is not None), None)
+        if failed is not None:
+            raise failed
+
     def share(self, number: int) -> int:
         """Return how many of `number` draws each process takes."""
         return -(-number // self.size)

@@ -30,6 +30,7 @@ class PlateauSchedule:
         self.learning_rate, self.max_steps = learning_rate, max_steps
         self.warmup_steps, self.patience, self.tolerance = warmup_steps, patience, tolerance
         self._cooldown: tuple[int, int] | None = None  # first and last step
+        self._start = 0  # evaluations before this step belong to a run that was to end earlier
         self.plateau_step: int | None = None
 
     @property
@@ -45,8 +46,34 @@ class PlateauSchedule:
     def from_state(cls, state: dict[str, Any]) -> "PlateauSchedule":
         """Return the schedule whose `state` this is."""
         schedule = cls(state["learning_rate"], state["max_steps"])
-        vars(schedule).update(state)
+        vars(schedule).update({name: state[name] for name in vars(schedule)})
         return schedule
+
+    def set_max_steps(self, max_steps: int, steps: int) -> None:
+        """Change the upper bound of a run on its way.
+
+        Up to a higher one the rate is held again, where the old bound and no plateau made it cool down; only what is
+        evaluated from then on can be a plateau. To a lower one it cools down faster.
+
+        Args:
+            max_steps: The new bound.
+            steps: Steps taken.
+
+        Raises:
+            ValueError: If more steps than `max_steps` were taken.
+        """
+        if max_steps < steps:
+            raise ValueError(f"max_steps must be at least the {steps} steps that the checkpoint holds; got {max_steps}")
+        if self.plateau_step is not None:
+            self._cool_down(self.plateau_step, max_steps)
+        elif max_steps > self.max_steps and self._cooldown is not None:
+            self._cooldown, self._start = None, steps
+        elif self._cooldown is not None:
+            self._cooldown = (self._cooldown[0], max_steps)
+        self.max_steps = max_steps
+
+    def _cool_down(self, step: int, max_steps: int) -> None:
+        self._cooldown = (step, min(step + max(step // 2, 1), max_steps))
 
     def rates(self, step: int, num_steps: int, like: Tensor) -> Tensor:
         """Return the learning rates of `num_steps` steps from this one on, in the dtype and on the device of `like`."""
@@ -66,6 +93,7 @@ class PlateauSchedule:
 
     def observe(self, evaluations: list[Evaluation]) -> None:
         """Start the cool-down if the evaluations so far have reached a plateau."""
+        evaluations = [evaluation for evaluation in evaluations if evaluation.step >= self._start]
         if self._cooldown is not None or len(evaluations) <= self.patience:
             return
         before = max(evaluations[: -self.patience], key=lambda e: e.elbo)
@@ -74,4 +102,4 @@ class PlateauSchedule:
         if not recent.elbo - before.elbo > max(noise, self.tolerance):
             step = evaluations[-1].step
             self.plateau_step = step
-            self._cooldown = (step, min(step + max(step // 2, 1), self.max_steps))
+            self._cool_down(step, self.max_steps)

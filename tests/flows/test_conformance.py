@@ -1,5 +1,6 @@
 """Every flow and every named stack keeps the contract that `check_flow` checks."""
 
+import signal
 from collections.abc import Callable
 from functools import partial
 
@@ -125,6 +126,21 @@ def test_slog(dim: int, context_dim: int) -> None:
 def test_stack(name: str, dim: int, context_dim: int) -> None:
     factory = partial(stacks.make, name, dim, depth=2, context_dim=context_dim)
     check_flow(factory(), factory=factory)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that end a loop")
+def test_shapes_without_numbers_pass_through_in_no_time() -> None:
+    makers = FLOWS | AUTOREGRESSIVE | {name: partial(stacks.make, name, depth=1) for name in stacks.names()}
+    x = torch.empty(3, 2, device="meta")
+    for name, make in makers.items():
+        flow = make(dim=2, context_dim=0).to("meta")
+        signal.signal(signal.SIGALRM, lambda *_, name=name: pytest.fail(f"{name} does not end"))
+        signal.setitimer(signal.ITIMER_REAL, 10.0)
+        try:
+            for way in (flow.forward_and_log_det, flow.inverse_and_log_det):
+                assert [tuple(part.shape) for part in way(x)] == [(3, 2), (3,)]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])

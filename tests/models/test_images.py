@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
+from pyro_nf import untrusted
 from pyro_nf.models import (
     Resampled,
     binarize,
@@ -45,6 +46,9 @@ def published(monkeypatch):
         monkeypatch.setitem(images._CHECKSUMS, name, checksum)
         monkeypatch.setitem(images._HELD_OUT, name, (2, 3))
         monkeypatch.setattr(images, "_NUM_VALIDATION", 2)
+        for file, remote in images._REMOTES.items():
+            monkeypatch.setitem(images._REMOTES, file, remote._replace(sha256=None, contents=None))
+        monkeypatch.setattr(images, "_FREY_PICKLE", hashlib.sha256(pickle.dumps([FACES], protocol=4)).hexdigest())
 
     return declare
 
@@ -135,7 +139,7 @@ def test_mnist_holds_out_the_last_training_images(tmp_path, published):
 
 def test_drawings_are_averages_of_ink_over_boxes(tmp_path, published):
     write_zips(tmp_path)
-    pixels = images._read_drawings([tmp_path / f"images_background_small{number}.zip" for number in (1, 2)])
+    pixels = images._read_drawings({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert pixels.shape == (6, 784)  # the shared one once
     # Row and column 14 are averages of three pixels from the 53rd on, whose centres lie within 14 to 15 times 3.75.
     ordered = [DRAWINGS[k] for k in (0, 2, 4, 1, 3, 5)]
@@ -181,10 +185,53 @@ def test_other_pixels_than_the_published_ones_are_refused(tmp_path):
         load_frey_faces(tmp_path)
 
 
-def test_a_pickle_of_anything_but_arrays_is_not_run(tmp_path):
-    (tmp_path / "freyfaces.pkl").write_bytes(pickle.dumps([print]))
+def test_a_pickle_other_than_the_known_one_is_not_run(tmp_path, monkeypatch):
+    other = pickle.dumps([print])
+    (tmp_path / "freyfaces.pkl").write_bytes(other)
+    with pytest.raises(ValueError, match=r"freyfaces.pkl' is not the file that was published"):
+        load_frey_faces(tmp_path)
+    monkeypatch.setattr(images, "_FREY_PICKLE", hashlib.sha256(other).hexdigest())
     with pytest.raises(ValueError, match=r"the pickle must hold NumPy arrays alone; got a builtins\.print"):
         load_frey_faces(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("load", "name"),
+    [
+        (load_mnist, "train-images-idx3-ubyte.gz"),
+        (load_omniglot, "images_background_small1.zip"),
+        (load_static_mnist, "binarized_mnist_train.amat"),
+    ],
+)
+def test_checksums_are_compared_before_anything_is_parsed(load, name, tmp_path, monkeypatch):
+    for parser in ("_read_amat", "_read_idx", "_read_drawings"):
+        monkeypatch.setattr(images, parser, lambda content: pytest.fail("parsed"))
+    (tmp_path / name).write_bytes(gzip.compress(b"another file"))
+    with pytest.raises(ValueError, match="is not the file that was published"):
+        load(tmp_path)
+
+
+def test_a_matrix_that_unpacks_to_gigabytes_is_refused(tmp_path, monkeypatch):
+    savemat(tmp_path / "frey_rawface.mat", {"ff": np.zeros((1000, 1000))}, do_compression=True)
+    monkeypatch.setattr(untrusted, "MAX_BYTES", 2**20)
+    assert (tmp_path / "frey_rawface.mat").stat().st_size < 2**14
+    with pytest.raises(ValueError, match=r"frey_rawface.mat, unpacked, is larger than 1 MiB"):
+        load_frey_faces(tmp_path)
+
+
+def test_a_matrix_that_is_none_gets_a_sentence(tmp_path):
+    for content in (b"", b"MATLAB 5.0", bytes(200), b"x" * 4000):
+        (tmp_path / "frey_rawface.mat").write_bytes(content)
+        with pytest.raises(ValueError, match=r"'frey_rawface.mat' is damaged, or of another format"):
+            load_frey_faces(tmp_path)
+
+
+def test_a_download_that_does_not_end_is_cut(server, monkeypatch, tmp_path):
+    (server / "frey_rawface.mat").write_bytes(bytes(3000))
+    monkeypatch.setattr(untrusted, "MAX_BYTES", 2000)
+    with pytest.raises(ValueError, match=r"frey_rawface.mat is larger than"):
+        load_frey_faces()
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_what_is_in_no_folder_is_downloaded_once(server, published, tmp_path):

@@ -24,6 +24,7 @@ from scipy.special import logsumexp
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.models import posteriordb
+from pyro_nf.models.posteriordb import priors
 from pyro_nf.models.posteriordb.catalogue import ENTRIES
 from pyro_nf.models.posteriordb.priors import Restricted
 from pyro_nf.tracing import is_latent
@@ -402,6 +403,14 @@ def test_a_restricted_prior_has_the_bases_density_and_draws_inside(float64):
     proposed = base.sample((60_000,))
     expected = proposed[proposed[:, 0] < proposed[:, 1]].mean(0)
     assert torch.allclose(draws.mean((0, 1)), expected, atol=0.03)
+
+
+def test_draws_that_never_fall_inside_end(monkeypatch):
+    monkeypatch.setattr(priors, "_MAX_TRIES", 50)
+    for loc in ([math.nan, 0.0], [1e3, 0.0]):
+        base = dist.Normal(torch.tensor(loc), 1.0, validate_args=False).to_event(1)
+        with pytest.raises(ValueError, match=r"no draw of .* fell into .* in 50 tries"):
+            Restricted(base, dist.constraints.ordered_vector).sample()
 
 
 def normal_posterior(loc, scale):

@@ -102,7 +102,7 @@ def test_a_damaged_or_mistyped_table_gets_a_sentence_that_names_the_column(files
             r"name must be one of Adult, .*; got 'Vine'; did you mean 'Wine'\?",
         ),
         (lambda: tables.load("Wine", 15), r"percent_missing must be one of 10, 20, 30, 40, 50; got 15"),
-        (lambda: tables.read("nowhere.csv", "nowhere_types.csv"), r"there is no file 'nowhere_types.csv'"),
+        (lambda: tables.read("nowhere.csv", "nowhere_types.csv"), r"'nowhere.csv' cannot be read: No such file"),
         (
             lambda: tables.make([Column("a", "real")], torch.zeros(3, 2)),
             r"values must be floating-point numbers of shape \(rows, 1\), .* got torch.float32 of shape \(3, 2\)",
@@ -123,7 +123,7 @@ def test_a_missing_file_is_downloaded_with_its_checksum(files, monkeypatch, tmp_
     found = {"data": data, "data_types": columns, "Missing20_1": missing}
     asked = []
 
-    def retrieve(url, known_hash, fname, path):
+    def retrieve(url, known_hash, fname, path, downloader):
         asked.append((url, known_hash, fname))
         return str(found[url.split("/")[-1].removesuffix(".csv")])
 
@@ -132,6 +132,12 @@ def test_a_missing_file_is_downloaded_with_its_checksum(files, monkeypatch, tmp_
     monkeypatch.setenv("PYRO_NF_DATA", str(tmp_path))
     (tmp_path / "hivae").mkdir()
     (tmp_path / "hivae" / "Wine_Missing20_1.csv.gz").write_bytes(gzip.compress(b"2,3\n"))
+    with pytest.raises(ValueError, match="is not the file that was published"):
+        tables.load("Wine", 20)
+    contents = {"data": data.read_bytes(), "data_types": columns.read_bytes(), "Missing20_1": b"2,3\n"}
+    checksums = {part: hashlib.sha256(content).hexdigest() for part, content in contents.items()}
+    monkeypatch.setattr(tables, "_FILES", {"Wine": checksums})
+    asked.clear()
     table = tables.load("Wine", 20)
     # The folder comes first: its mask was taken, and the other two files were fetched.
     assert table.held_out.nonzero().tolist() == [[1, 2]]
