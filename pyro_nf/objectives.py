@@ -18,6 +18,7 @@ from pyro_nf.tracing import (
     Draws,
     Particle,
     Program,
+    guide_log_prob,
     is_latent,
     local_log_prob,
     local_plate,
@@ -112,14 +113,14 @@ class ELBO(pyro.infer.ELBO):
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             elbo = (log_p - log_q).detach()
             if self._temperature is not None:
                 log_p = self._temperature * log_p
             surrogate = log_p - log_q
             if self.path_gradient:
                 # log_q's gradient is the path derivative plus the score; the score goes out again.
-                surrogate = surrogate + log_prob_sum(program.rescored(particle, args, kwargs))
+                surrogate = surrogate + guide_log_prob(program.rescored(particle, args, kwargs))
             names = score_sites(particle.guide)
             score = {"score": _unscaled_sum(particle.guide, names), "value": (log_p - log_q).detach()} if names else {}
             return {"elbo": elbo, "surrogate": surrogate, **score}
@@ -264,13 +265,13 @@ class WarmUpELBO(ELBO):
             return torch.stack([*alone, total - sum(alone)])
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             prior = torch.stack([torch.as_tensor(particle.model.nodes[n]["log_prob_sum"]) for n in latents]).sum()
             kl = grouped(log_q, particle.guide) - grouped(prior, particle.model)
             result = {"elbo": (log_p - log_q).detach(), "likelihood": log_p - prior, "kl": kl, "value": kl.detach()}
             if self.path_gradient:
                 again = program.rescored(particle, args, kwargs)
-                result["kl"] = kl - grouped(log_prob_sum(again), again)
+                result["kl"] = kl - grouped(guide_log_prob(again), again)
             return result
 
         result = {name: value.mean(0) for name, value in program.map(terms, draws, args, kwargs).items()}
@@ -331,13 +332,12 @@ class IWELBO(ELBO):
         scale = 1.0 if plate is None else subsample_scale(plate)
         has_parameters = any(_is_trained(site) for site in structure.particle.model.nodes.values())
 
-        def log_prob(trace: poutine.Trace) -> Tensor:
-            return log_prob_sum(trace) if plate is None else local_log_prob(trace)
+        log_p, log_q = (log_prob_sum, guide_log_prob) if plate is None else (local_log_prob, local_log_prob)
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_w = log_prob(particle.model) - log_prob(particle.guide)
-            path = log_w + log_prob(program.rescored(particle, args, kwargs))
-            own = {"own": log_prob(program.remodelled(particle, args, kwargs))} if has_parameters else {}
+            log_w = log_p(particle.model) - log_q(particle.guide)
+            path = log_w + log_q(program.rescored(particle, args, kwargs))
+            own = {"own": log_p(program.remodelled(particle, args, kwargs))} if has_parameters else {}
             return {"log_w": log_w.detach(), "path": path, **own}
 
         result = {

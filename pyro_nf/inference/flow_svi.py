@@ -23,7 +23,7 @@ from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
 from pyro_nf.objectives import ELBO, CoordinateELBO
-from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.tracing import Particle, Program, guide_log_prob, log_prob_sum
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
 _MAX_RUN_SKIPPED = 100
@@ -411,7 +411,7 @@ class FlowSVI:
         """Evaluate on fresh draws, and on fresh minibatches where a plate is subsampled."""
 
         def elbo(particle: Particle) -> dict[str, Tensor]:
-            return {"elbo": log_prob_sum(particle.model) - log_prob_sum(particle.guide)}
+            return {"elbo": log_prob_sum(particle.model) - guide_log_prob(particle.guide)}
 
         if not self.program.structure(args, kwargs).subsamples:
             number = ranks.share(self.eval_particles)
@@ -434,7 +434,7 @@ class FlowSVI:
 
         def broken(particle: Particle) -> dict[str, Tensor]:
             sites = [site for trace in particle for site in trace.nodes.values() if site["type"] == "sample"]
-            log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            log_prob_sum(particle.model), guide_log_prob(particle.guide)
             return {site["name"]: ~torch.as_tensor(site["log_prob_sum"]).isfinite() for site in sites}
 
         found = self.program.map_in_chunks(broken, self.num_particles, args, kwargs)
