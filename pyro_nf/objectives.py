@@ -123,13 +123,13 @@ class ELBO(pyro.infer.ELBO):
                 surrogate = surrogate + guide_log_prob(program.rescored(particle, args, kwargs))
             names = score_sites(particle.guide)
             score = {"score": _unscaled_sum(particle.guide, names), "value": (log_p - log_q).detach()} if names else {}
-            return {"elbo": elbo, "surrogate": surrogate, **score}
+            return {"elbo": elbo, "surrogate": surrogate, "usable": log_p.detach().isfinite(), **score}
 
         result = program.map(terms, draws, args, kwargs)
         surrogate = result["surrogate"]
         if "score" in result:
             surrogate = surrogate + _above_the_others(result["value"]) * result["score"]
-        return result["elbo"].mean(), surrogate.mean()
+        return _mean_of_usable(result["elbo"], surrogate, result["usable"])
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -184,8 +184,9 @@ class CoordinateELBO(ELBO):
         with GivenNoise(draws.noise.flatten(), draws.noise.new_zeros(())), pyro.validation_enabled(False):
             points, log_q, score = self.posterior().rsample_and_score((len(draws.noise),))
         gradients, log_p = self.density.batch(len(points))(points.detach())
-        surrogate = (points * (gradients - score).detach()).sum(-1)
-        return (log_p - log_q).detach().mean(), surrogate.mean()
+        usable = log_p.isfinite()
+        residual = torch.where(usable[:, None], gradients - score, 0.0).detach()
+        return _mean_of_usable((log_p - log_q).detach(), (points * residual).sum(-1), usable)
 
 
 class WarmUpELBO(ELBO):
@@ -350,6 +351,16 @@ class IWELBO(ELBO):
             surrogate = surrogate + (share - share.square()) * result["own"]
         bound = result["log_w"].logsumexp(1) - math.log(size)
         return scale * bound.mean(0).sum(), scale * surrogate.sum(1).mean(0).sum()
+
+
+def _mean_of_usable(elbo: Tensor, surrogate: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the draws at which the model has a density, as of the guide cut off there; NaN if there are none.
+
+    The ELBO of that guide is less by the logarithm of their share.
+    """
+    number = usable.sum()
+    means = [torch.where(usable, terms, 0.0).sum() / number for terms in (elbo, surrogate)]
+    return means[0] + (number / len(usable)).log(), means[1]
 
 
 def _above_the_others(values: Tensor) -> Tensor:

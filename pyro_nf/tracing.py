@@ -22,7 +22,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.noise import BatchedWrites, CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
+from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
 from pyro_nf.validity import (
     bounds,
     can_fail,
@@ -40,6 +40,8 @@ from pyro_nf.validity import (
 _MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
 # Runs of a model on other draws that tell what depends on the draw.
 _NUM_OTHERS = 5
+# Draws without a density that tell how many there are.
+_MANY_OBSTACLES = 30
 # Minibatches of a subsampled plate, and seconds, up to which its rows are checked before a fit.
 _MAX_BLOCKS, _MAX_CHECK_SECONDS = 1000, 2.0
 
@@ -160,7 +162,7 @@ class Program:
         """Return for which share of the guide's draws which site of the model has no density, and why.
 
         Args:
-            num_draws: How many draws to look at.
+            num_draws: How many draws to look at, at most: enough are looked at to know the shares roughly.
             args: The model's arguments.
             kwargs: The model's keyword arguments.
 
@@ -168,9 +170,15 @@ class Program:
             Shares by reasons, the largest first; each draw counts for the first site that has none. `in_words` makes
             a sentence of them.
         """
-        found = self.map_in_chunks(lambda particle: _obstacles(particle.model), num_draws, args, kwargs)
-        shares = {reason: float(flags.double().mean()) for reason, flags in found.items()}
-        return dict(sorted(((reason, share) for reason, share in shares.items() if share), key=lambda item: -item[1]))
+        counts: dict[str, float] = {}
+        looked_at = 0
+        while looked_at < num_draws and sum(counts.values()) < _MANY_OBSTACLES:
+            part = min(_MAX_CHUNK, num_draws - looked_at)
+            found = self.map_in_chunks(lambda particle: _obstacles(particle.model), part, args, kwargs)
+            counts = {reason: counts.get(reason, 0.0) + float(flags.sum()) for reason, flags in found.items()}
+            looked_at += part
+        shares = [(reason, count / looked_at) for reason, count in counts.items() if count]
+        return dict(sorted(shares, key=lambda item: -item[1]))
 
     def draw(
         self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int | None = None
@@ -333,7 +341,8 @@ def check_data(trace: poutine.Trace, others: Callable[[], Iterable[poutine.Trace
         if fault is None or (fault.bounds and (others is None or _moves(name, fault.bounds, others()))):
             continue
         first = "" if fault.first != fault.first else f" (the first is {_short(fault.first)})"
-        raise ValueError(f"the data of site {name!r} hold {fault.what}{first}; mend or drop them, or hide them with poutine.mask")
+        remedy = "mend or drop them, or hide them with poutine.mask"
+        raise ValueError(f"the data of site {name!r} hold {fault.what}{first}; {remedy}")
 
 
 def _check_parameters(trace: poutine.Trace, others: Callable[[], Iterable[poutine.Trace]]) -> None:
@@ -366,8 +375,10 @@ def _check_parameters(trace: poutine.Trace, others: Callable[[], Iterable[poutin
 
 def in_words(shares: dict[str, float]) -> str:
     """Say why draws have no density, as `Program.without_density` found it: the two most frequent reasons."""
+    if not shares:
+        return "a few of very many draws have no density under the model"
     parts = [f"{reason} in {_percent(share)} of the draws" for reason, share in itertools.islice(shares.items(), 2)]
-    return "; ".join(parts)
+    return f"draws have no density: {'; '.join(parts)}"
 
 
 def _percent(share: float) -> str:
@@ -424,7 +435,7 @@ def log_prob_sum(trace: poutine.Trace, has_coordinates: bool = False) -> Tensor:
 
 def guide_log_prob(trace: poutine.Trace) -> Tensor:
     """Return a guide's log density as a tensor; each site keeps its `log_prob`."""
-    with BatchedWrites():
+    with running():
         trace.compute_log_prob()
     return torch.as_tensor(trace.log_prob_sum())
 

@@ -17,7 +17,7 @@ from pyro_nf.diagnostics.regions import num_scattered, regions
 from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
 from pyro_nf.modes import find_modes, starting_points
-from pyro_nf.tracing import Particle, Program
+from pyro_nf.tracing import Particle, Program, in_words
 
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
@@ -151,7 +151,7 @@ def diagnose(
             if names:
                 moments.add(log_weights, found["point"])
         sets.append(torch.cat(parts).numpy())
-    diagnosis = judge(summarise(np.stack(sets)))
+    diagnosis = _with_obstacles(judge(summarise(np.stack(sets))), program, num_samples, args, kwargs)
     if not names:
         return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, obstacle))
     diagnosis = _with_moments(diagnosis, *moments.compare(), names, num_sets)
@@ -184,6 +184,15 @@ def judge(weights: WeightSummary) -> Diagnosis:
     if weights.outside > 0:
         reasons.append(f"{100 * weights.outside:.2g}% of the draws have density zero under the model")
     return Diagnosis(**vars(weights), reliable=not reasons, reasons=tuple(reasons), notes=tuple(notes))
+
+
+def _with_obstacles(
+    diagnosis: Diagnosis, program: Program, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Diagnosis:
+    """Say why draws have no density, where some have none."""
+    if not diagnosis.outside:
+        return diagnosis
+    return _with_reasons(diagnosis, [in_words(program.without_density(2 * num_samples, args, kwargs))])
 
 
 def _coordinate_names(particle: Particle) -> tuple[list[str], str]:

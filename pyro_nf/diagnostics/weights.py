@@ -134,3 +134,5 @@ def require_whole_data(program: Program, args: tuple[Any, ...], kwargs: dict[str
             f"plate {', '.join(map(repr, subsamples))} is subsampled, and importance weights need all the data: "
             "call the model without subsampling"
         )
+    if random := program.own_randomness(args, kwargs):
+        raise ValueError(f"{random}, and importance weights need a density that is the same at each run")
