@@ -449,11 +449,12 @@ def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> 
         everything: Whether to look for NaN, and at what is the same for all draws.
     """
     trained = any(site["type"] == "param" for site in trace.nodes.values())
-    in_batch = torch._C._functorch.peek_interpreter_stack() is not None
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    in_batch = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
 
     def varies(tensor: Tensor) -> bool:
         """Whether a tensor may depend on the draw: where draws are batched, what is not in the batch does not."""
-        return everything or trained or not in_batch or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        return everything or trained or not in_batch or _is_batched(tensor)
 
     for name, site in trace.nodes.items():
         if not (is_latent(site) or is_data(site)):
@@ -471,6 +472,14 @@ def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> 
             inside = holds(support, site["value"], closed=True)
             inside = inside | ~mask if isinstance(mask, Tensor) else inside
             yield name, f"its value is outside the support of {type(leaf).__name__}", _all(inside)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
 
 
 def _obstacles(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -234,7 +234,7 @@ def demand(constraint: Any) -> str:
     """Say what a parameter has to be."""
     if isinstance(constraint, constraints.independent):
         return demand(constraint.base_constraint)
-    if isinstance(constraint, constraints.greater_than) and _number(constraint.lower_bound) == "0":
+    if constraint is constraints.positive:
         return "positive"
     if isinstance(constraint, _SYMMETRIC):
         return "symmetric and positive definite"
@@ -288,7 +288,7 @@ def _plural(noun: str, number: int) -> str:
 def _number(bound: Any) -> str:
     if bound is None:
         return ""
-    values = torch.as_tensor(bound).reshape(-1)
-    if len(values) and bool((values == values[0]).all()):
-        return f"{float(values[0]):g}"
-    return "a bound that differs from entry to entry"
+    if not isinstance(bound, Tensor):
+        return f"{bound:g}"
+    values = bound.reshape(-1).tolist()
+    return f"{values[0]:g}" if len(set(values)) == 1 else "a bound that differs from entry to entry"
