@@ -24,11 +24,12 @@ def _inv(A: Tensor, *, out: None = None) -> Tensor:  # noqa: N803 - as torch cal
 
 
 def _solve(A: Tensor, B: Tensor, *, left: bool = True, out: None = None) -> Tensor:  # noqa: N803 - as torch calls them
-    # As torch decides between one vector and many.
+    # As torch decides between one vector and many. Not solve_ex, whose derivative solves again, and raises.
     is_vector = B.dim() == 1 or (A.dim() - 1 == B.dim() and B.shape == A.shape[:-1])
-    solution, info = torch.linalg.solve_ex(A, B, left=left)
-    usable = (info == 0)[(...,) + (None,) * (1 if is_vector else 2)]
-    return torch.where(usable, solution, math.nan)
+    factors, pivots, info = torch.linalg.lu_factor_ex(A)
+    right = B[..., None] if is_vector else B
+    solution = _where(info == 0, torch.linalg.lu_solve(factors, pivots, right, left=left or is_vector))
+    return solution[..., 0] if is_vector else solution
 
 
 def _lu_factor(A: Tensor, *, pivot: bool = True, out: None = None) -> tuple[Tensor, Tensor]:  # noqa: N803

@@ -560,7 +560,9 @@ def _filled(value: Tensor, mask: Tensor, leaf: Any) -> Tensor:
     support = support_of(leaf)
     if support is None:
         return value
-    broken = value.isnan() if bounds(support) else value.isnan() | ~_spread(support.check(value), value)
+    broken = ~value.isfinite()
+    if not bounds(support):
+        broken = broken | ~_spread(support.check(value), value)
     missing = (seen(broken, leaf.event_dim, None) & ~mask)[(...,) + (None,) * leaf.event_dim]
     if support.is_discrete:  # 0 is a count, a class and a failure
         return torch.where(missing, torch.zeros_like(value), value)
