@@ -441,7 +441,7 @@ def guide_log_prob(trace: poutine.Trace) -> Tensor:
 
 
 def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield what can leave its constraint for a draw: site, what is wrong then, and whether this draw's is inside, `()`.
+    """Yield what can leave its constraint: the site, what is wrong then, and whether this draw's is inside, `()`.
 
     Args:
         trace: The model's.

@@ -180,10 +180,8 @@ def holds(constraint: Any, value: Tensor, closed: bool = False) -> Tensor:
     if isinstance(constraint, _ORDERED):
         return (value[..., 1:] >= value[..., :-1]).all(-1)
     if closed and isinstance(constraint, constraints.greater_than):
-        return value >= constraint.lower_bound
-    if closed and isinstance(constraint, constraints.less_than):
-        return value <= constraint.upper_bound
-    inside: Tensor = constraint.check(value)
+        constraint = constraints.greater_than_eq(constraint.lower_bound)
+    inside: Tensor = value <= constraint.upper_bound if closed and _is_below(constraint) else constraint.check(value)
     return inside
 
 
@@ -242,6 +240,10 @@ def demand(constraint: Any) -> str:
     return words.removeprefix("numbers ") if words.startswith("numbers ") else f"made of {words}"
 
 
+def _is_below(constraint: Any) -> bool:
+    return isinstance(constraint, constraints.less_than)
+
+
 def _is_given(leaf: Any, name: str) -> bool:
     """Whether a distribution was made of a parameter, rather than that computed from another: logits from probs."""
     if name in vars(leaf):
@@ -277,8 +279,7 @@ def _once(value: Tensor, num_event: int) -> Tensor:
 def _first(value: Tensor, where: Tensor, leaf: Any) -> Any:
     """The first value of those entries, as a number or a list of numbers."""
     shape = value.shape[value.dim() - leaf.event_dim :] if value.dim() >= leaf.event_dim else value.shape
-    first = value.expand(*where.shape, *shape)[tuple(where.nonzero()[0])].tolist()
-    return first
+    return value.expand(*where.shape, *shape)[tuple(where.nonzero()[0])].tolist()
 
 
 def _plural(noun: str, number: int) -> str:
