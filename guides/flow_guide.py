@@ -18,6 +18,7 @@ from torch.distributions import register_kl
 
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
+from pyro_nf.noise import running
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import is_latent
 
@@ -83,7 +84,7 @@ def trace_latents(
     """
     tracer = poutine.trace(model)
     try:
-        with poutine.block(), torch.no_grad():
+        with poutine.block(), torch.no_grad(), running():
             trace = tracer.get_trace(*args, **kwargs)
     except (IndexError, RuntimeError, ValueError) as error:
         _explain_sizes(tracer.trace, (*args, *kwargs.values()), error)
@@ -283,7 +284,8 @@ class FlowGuide(AutoGuide):
                     f"{type(self).__name__} was pickled before its first call, and pickles go without the model: make "
                     "the guide anew"
                 )
-            self._setup_prototype(*args, **kwargs)
+            with running():  # the prior's draws may be such that the model has no density there
+                self._setup_prototype(*args, **kwargs)
 
     def _set_flow(self, flow: Flow, base: nn.Module) -> None:
         """Take flow and base, and the parameters that `load_state_dict` or the parameter store hold for them."""

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_nf.noise import BatchedWrites, SharedSubsamples
+from pyro_nf.noise import SharedSubsamples, running
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import fill_masked, is_latent, log_prob_sum
 
@@ -56,10 +55,9 @@ def model_log_density(
 
     def log_density(point: Tensor) -> Tensor:
         place = _AtPoint(point)
-        with pyro.validation_enabled(False):  # its checks of values cannot be batched
-            with BatchedWrites(), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
-                model(*args, **kwargs)
-            return place.log_det + log_prob_sum(fill_masked(capture.trace))
+        with running(), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
+            model(*args, **kwargs)
+        return place.log_det + log_prob_sum(fill_masked(capture.trace), has_coordinates=True)
 
     return log_density
 

@@ -1,6 +1,5 @@
 """A log density and its gradient at many points at once, without the cost of Python for each of them."""
 
-import math
 import threading
 import warnings
 import weakref
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from pyro_nf.coordinates import LogDensity
+from pyro_nf.noise import running
 
 # Points that are computed at once: as many as keep each operation's numbers in the processor's cache, within bounds.
 _MAX_POINTS, _MIN_POINTS, _CACHED_NUMBERS = 128, 16, 2**17
@@ -51,11 +50,11 @@ class Density:
     """
 
     def __init__(self, log_density: LogDensity, num_numbers: int = 1) -> None:
-        self.log_density = log_density
+        self.log_density = _never_raising(log_density)
         self.vectorized, self.work, self.is_long = True, 0, False
         self.size = max(_MIN_POINTS, min(_MAX_POINTS, _CACHED_NUMBERS // max(num_numbers, 1)))
         self._num_values = max(self.size, min(_MAX_VALUES, _HELD_NUMBERS // max(num_numbers, 1)))
-        self._single = torch.func.grad_and_value(log_density)
+        self._single = _single(self.log_density)
         self._batch: Gradients | None = None
         self._graph: GraphModule | None = None
 
@@ -66,10 +65,7 @@ class Density:
         if len(points) <= self.size or self._batch is None:
             return self.gradients(points)[1]
         value = torch.func.vmap(self.log_density, randomness="different")
-        try:
-            return torch.cat([value(part) for part in points.split(self._num_values)])
-        except LinAlgError:
-            return self.gradients(points)[1]
+        return torch.cat([value(part) for part in points.split(self._num_values)])
 
     @torch.no_grad()
     def gradients(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,38 +90,26 @@ class Density:
             _long_densities[id(self)] = self
             return lambda points: _gradients(points, id(self))  # type: ignore[no-any-return]
         same_size = self._graph is not None and num_points == self.size
-        return self._graph if same_size else torch.func.vmap(self._single)  # type: ignore[return-value]
+        return self._graph if same_size else torch.func.vmap(self._single, randomness="different")  # type: ignore[return-value]
 
     def _part(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4:
-                return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
-            # A graph is of one size: the last point is repeated to fill it.
-            full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
-            if self._batch is None and self.vectorized:
-                self._batch = self._record(full)
-            if self._batch is not None:
-                gradients, values = self._batch(full)
-                return gradients[: len(points)], values[: len(points)]
-        except LinAlgError:  # of one point's matrix, which is not positive definite to rounding
-            pass
-        gradients, values = map(torch.stack, zip(*map(self._one, points), strict=True))
+        if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4 and self.vectorized:
+            return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
+        # A graph is of one size: the last point is repeated to fill it.
+        full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
+        if self._batch is None and self.vectorized:
+            self._batch = self._record(full)
+        if self._batch is not None:
+            gradients, values = self._batch(full)
+            return gradients[: len(points)], values[: len(points)]
+        gradients, values = map(torch.stack, zip(*map(self._single, points), strict=True))
         return gradients, values
-
-    def _one(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        try:
-            gradient, value = self._single(point)
-        except LinAlgError:
-            return torch.full_like(point, math.nan), point.new_full((), math.nan)
-        return gradient, value
 
     def _record(self, points: Tensor) -> Gradients | None:
         single = self._single
         batch: Gradients = torch.func.vmap(single, randomness="different")
         try:
             batch(points)
-        except LinAlgError:
-            raise
         except RuntimeError:  # control flow that depends on values, say
             self.vectorized = False
             return None
@@ -142,6 +126,25 @@ class Density:
         self.is_long, self._graph = len(made) > _MANY_OPERATIONS, graph
         recorded: Gradients = scripted(graph, (points.clone(),)) if self.is_long else graph
         return recorded
+
+
+def _single(log_density: LogDensity) -> Gradients:
+    """Return the gradient and the value at a point, the gradient NaN where the value is not finite."""
+    both = torch.func.grad_and_value(log_density)
+
+    def run(point: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, value = both(point)
+        return gradient + 0.0 * value, value
+
+    return run
+
+
+def _never_raising(log_density: LogDensity) -> LogDensity:
+    def run(point: Tensor) -> Tensor:
+        with running():
+            return log_density(point)
+
+    return run
 
 
 @torch.library.custom_op("pyro_nf::gradients", mutates_args=())

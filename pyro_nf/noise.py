@@ -1,13 +1,18 @@
 """What is random in a run of a model and a guide: normals and minibatches that are drawn first, and handed to it."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from pyro_nf.factorizations import NEVER_RAISING
 
 _IN_PLACE_DRAWS = {
     getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
@@ -15,7 +20,37 @@ _IN_PLACE_DRAWS = {
 _NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
 
 
-class CountedNoise(TorchFunctionMode):
+class BatchedWrites(TorchFunctionMode):
+    """Let a model be what `vmap` can batch, and what no single draw can end.
+
+    `x[mask] = number`, as torch's Multinomial has it, is batched; a factorization that fails for some draws is NaN for
+    these, and does not raise.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or what replaces it."""
+        kwargs = kwargs or {}
+        if func is Tensor.__setitem__ and isinstance(args[2], int | float):
+            x, mask, number = args
+            if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
+                return x.copy_(x.masked_fill(mask, number))
+        replacement = NEVER_RAISING.get(func)
+        if replacement is not None and kwargs.get("out") is None:
+            return replacement(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Hold wherever a model or a guide runs: `BatchedWrites`, and no checks of values, which cannot be batched."""
+    # 0 is as good as False for Pyro, and tells a user's own `validate_args=False` from it.
+    with pyro.validation_enabled(0), BatchedWrites():
+        yield
+
+
+class CountedNoise(BatchedWrites):
     """Count the normals that are drawn.
 
     Attributes:
@@ -32,25 +67,11 @@ class CountedNoise(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func`, and count if it draws."""
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
         if func in _NORMAL_DRAWS:
             self.size += result.numel()
             self.like = result.new_empty(0) if self.like is None else self.like
         return result
-
-
-class BatchedWrites(TorchFunctionMode):
-    """Let `x[mask] = number`, as torch's Multinomial has it, be what `vmap` can batch."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, or what replaces it."""
-        if func is Tensor.__setitem__ and isinstance(args[2], int | float):
-            x, mask, number = args
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
-                return x.copy_(x.masked_fill(mask, number))
-        return func(*args, **(kwargs or {}))
 
 
 class GivenNoise(BatchedWrites):

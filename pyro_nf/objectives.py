@@ -19,6 +19,7 @@ from pyro_nf.tracing import (
     Draws,
     Particle,
     Program,
+    guide_log_prob,
     is_latent,
     local_log_prob,
     local_plate,
@@ -108,23 +109,23 @@ class ELBO(pyro.infer.ELBO):
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             elbo = (log_p - log_q).detach()
             if self._temperature is not None:
                 log_p = self._temperature * log_p
             surrogate = log_p - log_q
             if self.path_gradient:
                 # log_q's gradient is the path derivative plus the score; the score goes out again.
-                surrogate = surrogate + log_prob_sum(program.rescored(particle, args, kwargs))
+                surrogate = surrogate + guide_log_prob(program.rescored(particle, args, kwargs))
             names = score_sites(particle.guide)
             score = {"score": _unscaled_sum(particle.guide, names), "value": (log_p - log_q).detach()} if names else {}
-            return {"elbo": elbo, "surrogate": surrogate, **score}
+            return {"elbo": elbo, "surrogate": surrogate, "usable": log_p.detach().isfinite(), **score}
 
         result = program.map(terms, draws, args, kwargs)
         surrogate = result["surrogate"]
         if "score" in result:
             surrogate = surrogate + _above_the_others(result["value"]) * result["score"]
-        return result["elbo"].mean(), surrogate.mean()
+        return _mean_of_usable(result["elbo"], surrogate, result["usable"])
 
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
@@ -179,8 +180,9 @@ class CoordinateELBO(ELBO):
         with GivenNoise(draws.noise.flatten(), draws.noise.new_zeros(())), pyro.validation_enabled(False):
             points, log_q, score = self.posterior().rsample_and_score((len(draws.noise),))
         gradients, log_p = self.density.batch(len(points))(points.detach())
-        surrogate = (points * (gradients - score).detach()).sum(-1)
-        return (log_p - log_q).detach().mean(), surrogate.mean()
+        usable = log_p.isfinite()
+        residual = torch.where(usable[:, None], gradients - score, 0.0).detach()
+        return _mean_of_usable((log_p - log_q).detach(), (points * residual).sum(-1), usable)
 
 
 class WarmUpELBO(ELBO):
@@ -257,13 +259,13 @@ class WarmUpELBO(ELBO):
             return torch.stack([*alone, total - sum(alone)])
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             prior = torch.stack([torch.as_tensor(particle.model.nodes[n]["log_prob_sum"]) for n in latents]).sum()
             kl = grouped(log_q, particle.guide) - grouped(prior, particle.model)
             result = {"elbo": (log_p - log_q).detach(), "likelihood": log_p - prior, "kl": kl, "value": kl.detach()}
             if self.path_gradient:
                 again = program.rescored(particle, args, kwargs)
-                result["kl"] = kl - grouped(log_prob_sum(again), again)
+                result["kl"] = kl - grouped(guide_log_prob(again), again)
             return result
 
         result = {name: value.mean(0) for name, value in program.map(terms, draws, args, kwargs).items()}
@@ -323,13 +325,12 @@ class IWELBO(ELBO):
         scale = 1.0 if plate is None else subsample_scale(plate)
         has_parameters = any(_is_trained(site) for site in structure.particle.model.nodes.values())
 
-        def log_prob(trace: poutine.Trace) -> Tensor:
-            return log_prob_sum(trace) if plate is None else local_log_prob(trace)
+        log_p, log_q = (log_prob_sum, guide_log_prob) if plate is None else (local_log_prob, local_log_prob)
 
         def terms(particle: Particle) -> dict[str, Tensor]:
-            log_w = log_prob(particle.model) - log_prob(particle.guide)
-            path = log_w + log_prob(program.rescored(particle, args, kwargs))
-            own = {"own": log_prob(program.remodelled(particle, args, kwargs))} if has_parameters else {}
+            log_w = log_p(particle.model) - log_q(particle.guide)
+            path = log_w + log_q(program.rescored(particle, args, kwargs))
+            own = {"own": log_p(program.remodelled(particle, args, kwargs))} if has_parameters else {}
             return {"log_w": log_w.detach(), "path": path, **own}
 
         result = {
@@ -342,6 +343,16 @@ class IWELBO(ELBO):
             surrogate = surrogate + (share - share.square()) * result["own"]
         bound = result["log_w"].logsumexp(1) - math.log(size)
         return scale * bound.mean(0).sum(), scale * surrogate.sum(1).mean(0).sum()
+
+
+def _mean_of_usable(elbo: Tensor, surrogate: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the draws at which the model has a density, as of the guide cut off there; NaN if there are none.
+
+    The ELBO of that guide is less by the logarithm of their share.
+    """
+    number = usable.sum()
+    means = [torch.where(usable, terms, 0.0).sum() / number for terms in (elbo, surrogate)]
+    return means[0] + (number / len(usable)).log(), means[1]
 
 
 def _above_the_others(values: Tensor) -> Tensor:

@@ -6,12 +6,15 @@ under `torch.func.vmap`, so that a model is written for one draw and never needs
 random is an argument: normal noise and the indices of subsampled plates are drawn first, by `Program.draw`.
 """
 
+import functools
+import itertools
+import math
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -19,10 +22,28 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.noise import BatchedWrites, CountedNoise, GivenNoise, SharedSubsamples, minibatches
+from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
+from pyro_nf.validity import (
+    bounds,
+    can_fail,
+    demand,
+    holds,
+    is_checked,
+    parameters,
+    seen,
+    support_of,
+    unwrap,
+    value_fault,
+)
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
 _MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
+# Runs of a model on other draws that tell what depends on the draw.
+_NUM_OTHERS = 5
+# Draws without a density that tell how many there are.
+_MANY_OBSTACLES = 30
+# Minibatches of a subsampled plate, and seconds, up to which its rows are checked before a fit.
+_MAX_BLOCKS, _MAX_CHECK_SECONDS = 1000, 2.0
 
 
 class Draws(NamedTuple):
@@ -89,27 +110,75 @@ class Program:
         """
         key = signature(args, kwargs)
         if key not in self._structures:
-            with torch.no_grad(), poutine.block():
+            with torch.no_grad(), poutine.block(), running():
                 # A first call lets an automatic guide set itself up, and report what is wrong with the model.
                 self.guide(*args, **kwargs)
                 count = CountedNoise()
                 particle = self._run(args, kwargs, count)
             subsamples = _inspect(particle)
+            self._check(particle.model, args, kwargs)
             like = torch.empty(0, device=_device(particle)) if count.like is None else count.like
             self._structures[key] = Structure(particle, subsamples, count.size, like)
         return self._structures[key]
 
     def check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check data of shapes that may be known already, by a run. The global random state stays as it was.
+        """Check data of shapes that may be known already: all the rows of subsampled plates, up to some thousand runs.
+
+        The global random state stays as it was.
 
         Raises:
-            ValueError: If observed values are NaN and not masked.
+            ValueError: If observed values are outside their support, or parameters outside their constraint whatever
+                the draw.
         """
+        structure = self.structure(args, kwargs)
+        sizes = structure.subsamples
+        blocks = max([-(-size // part) for size, part in sizes.values()], default=1)
+        begin = time.perf_counter()
+        with torch.random.fork_rng():
+            for block in range(min(blocks, _MAX_BLOCKS)):
+                indices = {
+                    name: min(block * part, size - part) + torch.arange(part) for name, (size, part) in sizes.items()
+                }
+                self._check(self._again(args, kwargs, indices).model, args, kwargs, indices)
+                if time.perf_counter() - begin > _MAX_CHECK_SECONDS:
+                    break
+
+    def own_randomness(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Say by what the model's density differs from run to run at one draw; an empty string if it does not."""
+        latents = self.structure(args, kwargs).particle.guide
+        runs = []
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
-            sites = self._run(args, kwargs).model.nodes.items()
-        for name, site in sites:
-            if is_data(site):
-                _check_data(name, site)
+            for _ in range(2):
+                runs.append(run_model(self.model, latents, args, kwargs))
+            one, other = (log_prob_sum(trace) for trace in runs)
+        if torch.isclose(one, other, rtol=1e-5, equal_nan=True):
+            return ""
+        for name, site in runs[0].nodes.items():
+            if isinstance(site.get("fn"), _Subsample) and not torch.equal(site["value"], runs[1].nodes[name]["value"]):
+                return f"plate {name!r} has random indices"
+        return "the model's density is random: it differs from run to run at the same latents"
+
+    def without_density(self, num_draws: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
+        """Return for which share of the guide's draws which site of the model has no density, and why.
+
+        Args:
+            num_draws: How many draws to look at, at most: enough are looked at to know the shares roughly.
+            args: The model's arguments.
+            kwargs: The model's keyword arguments.
+
+        Returns:
+            Shares by reasons, the largest first; each draw counts for the first site that has none. `in_words` makes
+            a sentence of them.
+        """
+        counts: dict[str, float] = {}
+        looked_at = 0
+        while looked_at < num_draws and sum(counts.values()) < _MANY_OBSTACLES:
+            part = min(_MAX_CHUNK, num_draws - looked_at)
+            found = self.map_in_chunks(lambda particle: _obstacles(particle.model), part, args, kwargs)
+            counts = {reason: counts.get(reason, 0.0) + float(flags.sum()) for reason, flags in found.items()}
+            looked_at += part
+        shares = [(reason, count / looked_at) for reason, count in counts.items() if count]
+        return dict(sorted(shares, key=lambda item: -item[1]))
 
     def draw(
         self, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], num_steps: int | None = None
@@ -149,7 +218,7 @@ class Program:
         self.structure(args, kwargs)
 
         def particle(noise: Tensor, zero: Tensor) -> dict[str, Tensor]:
-            with SharedSubsamples(draws.indices), pyro.validation_enabled(False):
+            with SharedSubsamples(draws.indices), running():
                 return extract(self._run(args, kwargs, GivenNoise(noise, zero)))
 
         noise = draws.noise
@@ -208,6 +277,28 @@ class Program:
         """Run the model on the particle's draw held fixed: the gradient is to the model's own parameters alone."""
         return run_model(self.model, _detached(particle.guide), args, kwargs)
 
+    def _check(
+        self,
+        trace: poutine.Trace,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Check a trace; what may depend on the draw is looked at on others, on the same minibatch."""
+        if indices is None:
+            indices = {name: s["value"] for name, s in trace.nodes.items() if isinstance(s.get("fn"), _Subsample)}
+
+        def others() -> list[poutine.Trace]:
+            with torch.random.fork_rng():
+                return [self._again(args, kwargs, indices).model for _ in range(_NUM_OTHERS)]
+
+        check_data(trace, others)
+        _check_parameters(trace, others)
+
+    def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Tensor]) -> Particle:
+        with torch.no_grad(), poutine.block(), running(), SharedSubsamples(indices):
+            return self._run(args, kwargs)
+
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], noise: AbstractContextManager[Any] | None = None
     ) -> Particle:
@@ -220,15 +311,93 @@ def run_model(
     model: Callable[..., Any], latents: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> poutine.Trace:
     """Run a model on the latents of a trace; return its trace."""
-    return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
+    with running():
+        return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
 
 
 def fill_masked(trace: poutine.Trace) -> poutine.Trace:
-    """Put values of the support where a model's data are NaN and masked, and return the trace."""
+    """Put values of the support where a model's data are masked and have no density, and return the trace."""
     for site in trace.nodes.values():
-        if is_data(site) and isinstance(site["mask"], Tensor):
-            site["value"] = _without_masked_nan(site["value"], site["mask"], site["fn"])
+        if is_data(site) and isinstance(site["value"], Tensor):
+            leaf, mask = unwrap(site["fn"], site["mask"])
+            if isinstance(mask, Tensor):
+                site["value"] = _filled(site["value"], mask, leaf)
     return trace
+
+
+def check_data(trace: poutine.Trace, others: Callable[[], Iterable[poutine.Trace]] | None = None) -> None:
+    """Check the observed values of a model's trace, made under `noise.running`, against their supports.
+
+    Args:
+        trace: The model's trace.
+        others: Return traces on other draws: they tell a support that depends on latents, which values may leave for
+            some draws, from one that is fixed. Without them only supports of fixed numbers count.
+
+    Raises:
+        ValueError: If values are NaN, infinite, or outside the support, and not masked.
+    """
+    for name, site in trace.nodes.items():
+        fault = value_fault(site["fn"], site["value"], site["mask"]) if is_data(site) else None
+        if fault is None or (fault.bounds and (others is None or _moves(name, fault.bounds, others()))):
+            continue
+        first = "" if fault.first != fault.first else f" (the first is {_short(fault.first)})"
+        remedy = "mend or drop them, or hide them with poutine.mask"
+        raise ValueError(f"the data of site {name!r} hold {fault.what}{first}; {remedy}")
+
+
+def _check_parameters(trace: poutine.Trace, others: Callable[[], Iterable[poutine.Trace]]) -> None:
+    """Check the parameters of a model's distributions that are NaN or outside their constraint whatever the draw.
+
+    Raises:
+        ValueError: If there are entries that are the same on all draws, and wrong; all NaN is no such case, for a few
+            draws near the guide's start do not tell.
+    """
+    for name, site in trace.nodes.items():
+        if not (is_latent(site) or is_data(site)):
+            continue
+        for number, parameter in enumerate(parameters(site["fn"], site["mask"])):
+            nan = parameter.is_nan()
+            wrong = nan if bool(nan.any()) else torch.broadcast_tensors(~parameter.holds(), nan)[0]
+            if bool(nan.all()) or not bool(wrong.any()):
+                continue
+            for other in others():
+                there = other.nodes[name]
+                value = [*parameters(there["fn"], there["mask"])][number].value
+                equal = torch.isclose(value, parameter.value, 0.0, 0.0, equal_nan=True)
+                wrong = wrong & ~seen(~equal, parameter.constraint.event_dim, None)
+            if bool(wrong.any()):
+                how = "NaN" if bool(nan.any()) else f"not {demand(parameter.constraint)}"
+                raise ValueError(
+                    f"site {name!r}: its {parameter.name} is {how} for {int(wrong.sum())} of {wrong.numel()} entries, "
+                    "whatever the draw; look at what the model computes it from: covariates that are NaN, say"
+                )
+
+
+def in_words(shares: dict[str, float]) -> str:
+    """Say why draws have no density, as `Program.without_density` found it: the two most frequent reasons."""
+    if not shares:
+        return "a few of very many draws have no density under the model"
+    parts = [f"{reason} in {_percent(share)} of the draws" for reason, share in itertools.islice(shares.items(), 2)]
+    return f"draws have no density: {'; '.join(parts)}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if share >= 0.1 else f"{100 * share:.2g}%"
+
+
+def _moves(name: str, limits: tuple[Tensor, ...], others: Iterable[poutine.Trace]) -> bool:
+    """Whether the bounds of a site's support are others on other draws."""
+    for trace in others:
+        support = support_of(unwrap(trace.nodes[name]["fn"], None)[0])
+        elsewhere = () if support is None else bounds(support)
+        if len(elsewhere) != len(limits) or not all(map(torch.equal, elsewhere, limits)):
+            return True
+    return False
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
@@ -246,15 +415,92 @@ def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
     return describe(tuple(args)), describe(kwargs)
 
 
-def log_prob_sum(trace: poutine.Trace) -> Tensor:
-    """Return the trace's log density, all scales and masks applied, as a tensor; each site keeps its `log_prob`."""
-    _compute_log_prob(trace)
+def log_prob_sum(trace: poutine.Trace, has_coordinates: bool = False) -> Tensor:
+    """Return a model's log density, all scales and masks applied, as a tensor; each site keeps its `log_prob`.
+
+    It is minus infinity for a draw for which a distribution's parameter leaves its constraint, or a value its support:
+    formulas give some number there.
+
+    Args:
+        trace: The model's.
+        has_coordinates: Whether the latents come from the real line, and so are inside their supports.
+    """
+    with running():
+        usable = [inside for *_, inside in _validity(trace, latents=not has_coordinates)]
+    total = guide_log_prob(trace)
+    if not usable:
+        return total
+    return torch.where(functools.reduce(torch.logical_and, usable), total, -math.inf)
+
+
+def guide_log_prob(trace: poutine.Trace) -> Tensor:
+    """Return a guide's log density as a tensor; each site keeps its `log_prob`."""
+    with running():
+        trace.compute_log_prob()
     return torch.as_tensor(trace.log_prob_sum())
 
 
-def _compute_log_prob(trace: poutine.Trace) -> None:
-    with BatchedWrites():
-        trace.compute_log_prob()
+def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield what can leave its constraint: the site, what is wrong then, and whether this draw's is inside, `()`.
+
+    Args:
+        trace: The model's.
+        latents: Whether to look at the values of latents, too.
+        everything: Whether to look for NaN, and at what is the same for all draws.
+    """
+    trained = any(site["type"] == "param" for site in trace.nodes.values())
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    in_batch = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+
+    def varies(tensor: Tensor) -> bool:
+        """Whether a tensor may depend on the draw: where draws are batched, what is not in the batch does not."""
+        return everything or trained or not in_batch or _is_batched(tensor)
+
+    for name, site in trace.nodes.items():
+        if not (is_latent(site) or is_data(site)):
+            continue
+        leaf, mask = unwrap(site["fn"], site["mask"])
+        for parameter in parameters(site["fn"], site["mask"]):
+            if everything:
+                yield name, f"its {parameter.name} is NaN", _all(~parameter.is_nan())
+            if can_fail(parameter.constraint) and varies(parameter.value):
+                yield name, f"its {parameter.name} is not {demand(parameter.constraint)}", _all(parameter.holds())
+        support = support_of(leaf)
+        if mask is False or support is None or not can_fail(support) or not is_checked(site["fn"]):
+            continue
+        if any(map(varies, bounds(support))) or (latents and is_latent(site) and varies(site["value"])):
+            inside = holds(support, site["value"], closed=True)
+            inside = inside | ~mask if isinstance(mask, Tensor) else inside
+            yield name, f"its value is outside the support of {type(leaf).__name__}", _all(inside)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return False
+
+
+def _obstacles(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Return for each reason why the model has no density at a draw whether it is the first of them, `()`."""
+    found: dict[str, Tensor] = {}
+    with running():
+        reasons = [*_validity(trace, latents=True, everything=True)]
+    guide_log_prob(trace)
+    so_far = torch.tensor(True)
+    for name, site in trace.nodes.items():
+        if is_latent(site) or is_data(site):
+            own = [(what, inside) for place, what, inside in reasons if place == name]
+            own.append(("its density is not finite", torch.as_tensor(site["log_prob_sum"]).isfinite()))
+            for what, inside in own:
+                found[f"site {name!r}: {what}"] = so_far & ~inside
+                so_far = so_far & inside
+    return found
+
+
+def _all(flags: Tensor) -> Tensor:
+    return flags.all() if flags.dim() else flags
 
 
 def local_plate(particle: Particle) -> Any:
@@ -266,7 +512,7 @@ def local_plate(particle: Particle) -> Any:
 
 def local_log_prob(trace: poutine.Trace) -> Tensor:
     """Return a trace's log density for each element of its one plate, `(size,)`, without a subsample's scale."""
-    _compute_log_prob(trace)
+    guide_log_prob(trace)
     total = torch.zeros(())
     for site in trace.nodes.values():
         if is_latent(site) or is_data(site):
@@ -309,18 +555,24 @@ def _detached(trace: poutine.Trace) -> poutine.Trace:
     return fixed
 
 
-def _without_masked_nan(value: Any, mask: Tensor, fn: Any) -> Any:
-    """Put some value of the support where data are NaN and masked: the density's gradient would still be NaN."""
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
+def _filled(value: Tensor, mask: Tensor, leaf: Any) -> Tensor:
+    """Put some value of the support where data have no density and are masked: its gradient would still be NaN."""
+    support = support_of(leaf)
+    if support is None:
         return value
-    missing = value.isnan()
-    if fn.event_dim:
-        missing = missing.flatten(-fn.event_dim).any(-1)
-    missing = (missing & ~mask)[(...,) + (None,) * fn.event_dim]
-    if fn.support.is_discrete:  # 0 is a count, a class and a failure
+    broken = ~value.isfinite()
+    if not bounds(support):
+        broken = broken | ~_spread(support.check(value), value)
+    missing = (seen(broken, leaf.event_dim, None) & ~mask)[(...,) + (None,) * leaf.event_dim]
+    if support.is_discrete:  # 0 is a count, a class and a failure
         return torch.where(missing, torch.zeros_like(value), value)
-    to_support = biject_to(fn.support)
+    to_support = biject_to(support)
     return torch.where(missing, to_support(value.new_zeros(to_support.inverse_shape(value.shape))), value)
+
+
+def _spread(entries: Tensor, value: Tensor) -> Tensor:
+    """Repeat what is said of vectors or matrices for each of their numbers."""
+    return entries[(...,) + (None,) * (value.dim() - entries.dim())].expand_as(value)
 
 
 def _device(particle: Particle) -> torch.device:
@@ -343,8 +595,6 @@ def _inspect(particle: Particle) -> dict[str, tuple[int, int]]:
                 )
             if name not in particle.guide.nodes:
                 raise ValueError(f"the guide has no site for the model's latent {name!r}; it must sample every latent")
-        elif is_data(site):
-            _check_data(name, site)
     for trace in particle:
         for name, site in trace.nodes.items():
             fn = site.get("fn")
@@ -353,18 +603,3 @@ def _inspect(particle: Particle) -> dict[str, tuple[int, int]]:
     if not any(map(is_latent, particle.model.nodes.values())):
         raise ValueError("the model has no latent variables: there is no posterior to fit")
     return subsamples
-
-
-def _check_data(name: str, site: dict[str, Any]) -> None:
-    value, mask = site["value"], site["mask"]
-    if not (isinstance(value, Tensor) and value.is_floating_point()):
-        return
-    missing = (
-        value.isnan().flatten(value.dim() - site["fn"].event_dim).any(-1) if site["fn"].event_dim else value.isnan()
-    )
-    if isinstance(mask, Tensor):
-        missing = missing & mask
-    if mask is not False and bool(missing.any()):
-        raise ValueError(
-            f"the data of site {name!r} hold {int(missing.sum())} NaN; drop them, or hide them with poutine.mask"
-        )

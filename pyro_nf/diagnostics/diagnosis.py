@@ -17,7 +17,7 @@ from pyro_nf.diagnostics.regions import num_scattered, regions
 from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
 from pyro_nf.modes import find_modes, starting_points
-from pyro_nf.tracing import Particle, Program
+from pyro_nf.tracing import Particle, Program, in_words
 
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
@@ -151,7 +151,7 @@ def diagnose(
             if names:
                 moments.add(log_weights, found["point"])
         sets.append(torch.cat(parts).numpy())
-    diagnosis = judge(summarise(np.stack(sets)))
+    diagnosis = _with_obstacles(judge(summarise(np.stack(sets))), program, num_samples, args, kwargs)
     if not names:
         return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, obstacle))
     diagnosis = _with_moments(diagnosis, *moments.compare(), names, num_sets)
@@ -186,6 +186,15 @@ def judge(weights: WeightSummary) -> Diagnosis:
     return Diagnosis(**vars(weights), reliable=not reasons, reasons=tuple(reasons), notes=tuple(notes))
 
 
+def _with_obstacles(
+    diagnosis: Diagnosis, program: Program, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Diagnosis:
+    """Say why draws have no density, where some have none."""
+    if not diagnosis.outside:
+        return diagnosis
+    return _with_reasons(diagnosis, [in_words(program.without_density(2 * num_samples, args, kwargs))])
+
+
 def _coordinate_names(particle: Particle) -> tuple[list[str], str]:
     """Return a name for each coordinate, or none and the reason why there are no coordinates."""
     try:
@@ -202,7 +211,8 @@ def _scores(
 
     def extract(particle: Particle) -> dict[str, Tensor]:
         point = coordinates(particle.model)
-        return {"point": point, "score": torch.func.grad(log_density)(point)}
+        score, value = torch.func.grad_and_value(log_density)(point)
+        return {"point": point, "score": score + 0.0 * value}  # none where there is no density
 
     number = max(_NUM_SCORES, _PER_COORDINATE * dim if dim <= _MAX_DIM else 0)
     found = program.map_in_chunks(extract, min(number, max(_MAX_NUMBERS // dim, 2)), args, kwargs)

@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from pyro_nf.diagnostics.arviz_versions import psislw
-from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.tracing import Particle, Program, guide_log_prob, log_prob_sum
 
 Floats = npt.NDArray[np.float64]
 
@@ -120,8 +120,9 @@ def pareto_smooth(log_weights: Floats) -> tuple[Floats, float]:
 
 
 def log_densities(particle: Particle) -> dict[str, Tensor]:
-    """Return a draw's log joint density `log_p` and the guide's log density `log_q`."""
-    return {"log_p": log_prob_sum(particle.model), "log_q": log_prob_sum(particle.guide)}
+    """Return a draw's log joint density `log_p`, minus infinity where it is not finite, and the guide's `log_q`."""
+    log_p = log_prob_sum(particle.model)
+    return {"log_p": torch.where(log_p.isfinite(), log_p, -math.inf), "log_q": guide_log_prob(particle.guide)}
 
 
 def require_whole_data(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,3 +134,5 @@ def require_whole_data(program: Program, args: tuple[Any, ...], kwargs: dict[str
             f"plate {', '.join(map(repr, subsamples))} is subsampled, and importance weights need all the data: "
             "call the model without subsampling"
         )
+    if random := program.own_randomness(args, kwargs):
+        raise ValueError(f"{random}, and importance weights need a density that is the same at each run")

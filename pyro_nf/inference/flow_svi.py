@@ -27,7 +27,7 @@ from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
 from pyro_nf.objectives import ELBO, CoordinateELBO
-from pyro_nf.tracing import Particle, Program, log_prob_sum
+from pyro_nf.tracing import Particle, Program, guide_log_prob, in_words, log_prob_sum
 from pyro_nf.untrusted import check_writable
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
@@ -36,6 +36,8 @@ _MAX_RUN_SKIPPED = 100
 _MAX_NOISE = 2**22
 # Minibatches of the first evaluation and the last ones, whose steps are plain and so slow.
 _MAX_EVAL_BATCHES = 100
+# Draws that are looked at, at most, where some have no density.
+_NUM_SUSPECTS = 20_000
 # Steps that leave room for stages.
 _MIN_STAGED = 3000
 # In stages: numbers that the model makes in a step, at most, and draws that are taken in any case.
@@ -178,7 +180,8 @@ class FlowSVI:
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
         """
-        return self._in_stages(args, kwargs) or self._run(itertools.repeat((args, kwargs)), fixed=True)
+        result = self._in_stages(args, kwargs) or self._run(itertools.repeat((args, kwargs)), fixed=True)
+        return self._explained(result, args, kwargs)
 
     def run_batches(self, batches: Iterable[Any]) -> FitResult:
         """Fit to minibatches, one for each step, over and over.
@@ -230,8 +233,9 @@ class FlowSVI:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
             structure = self.program.structure(args, kwargs)
             trained = any(site["type"] == "param" for site in structure.particle.model.nodes.values())
-            if structure.subsamples or trained:
+            if structure.subsamples or trained or self.program.own_randomness(args, kwargs):
                 return None
+            self.program.check_data(args, kwargs)
             guide: Any = self.program.guide
             density = guide.density(*args, **kwargs)
             svi = copy.copy(self)
@@ -285,6 +289,8 @@ class FlowSVI:
         start = time.perf_counter()
         args, kwargs = next(data)
         params = self._params(args, kwargs)
+        if fixed and make_execution is Execution:  # a stage's data are known
+            self.program.check_data(args, kwargs)
         starts = None
         if self.num_starts and resume is None:
             starts = self.program.guide.warm_start(*args, num_starts=self.num_starts, **kwargs)  # type: ignore[attr-defined]
@@ -448,7 +454,7 @@ class FlowSVI:
         """Evaluate on fresh draws, and on fresh minibatches where a plate is subsampled."""
 
         def elbo(particle: Particle) -> dict[str, Tensor]:
-            return {"elbo": log_prob_sum(particle.model) - log_prob_sum(particle.guide)}
+            return {"elbo": log_prob_sum(particle.model) - guide_log_prob(particle.guide)}
 
         if not self.program.structure(args, kwargs).subsamples:
             number = ranks.share(self.eval_particles)
@@ -466,12 +472,22 @@ class FlowSVI:
         variance = ranks.mean((values - mean).square().mean())
         return _evaluation(step, float(mean), float(variance), ranks.size * len(values))
 
+    def _explained(self, result: FitResult, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult:
+        """Say why draws of the fitted guide have no density, if some have none: what rests on them is not converged."""
+        if math.isfinite(result.elbo) or Ranks().size > 1:
+            return result
+        with torch.random.fork_rng():
+            reasons = in_words(self.program.without_density(_NUM_SUSPECTS, args, kwargs))
+        ended = result.stop_reason.startswith(("failed", "interrupted", "stopped"))
+        start = result.stop_reason if ended else "not converged"
+        return dataclasses.replace(result, converged=False, stop_reason=f"{start}: {reasons}")
+
     def _blame(self, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which sites have no finite density."""
 
         def broken(particle: Particle) -> dict[str, Tensor]:
             sites = [site for trace in particle for site in trace.nodes.values() if site["type"] == "sample"]
-            log_prob_sum(particle.model), log_prob_sum(particle.guide)
+            guide_log_prob(particle.model), guide_log_prob(particle.guide)
             return {site["name"]: ~torch.as_tensor(site["log_prob_sum"]).isfinite() for site in sites}
 
         found = self.program.map_in_chunks(broken, self.num_particles, args, kwargs)

@@ -239,6 +239,8 @@ def _is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
     """Whether one stage's fit is better than another's."""
     if one is None or other is None:
         return one is not None
+    if one.outside and other.outside:  # both ELBOs are minus infinity
+        return one.ess_fraction > other.ess_fraction
     difference, noise = one.elbo - other.elbo, math.hypot(one.elbo_mcse, other.elbo_mcse)
     if abs(difference) < 3 * noise and min(one.ess_fraction, other.ess_fraction) > 0.5:
         # Evidence and ELBO of the same draws have the same noise, in which a small difference of ELBOs drowns.
@@ -265,8 +267,11 @@ def _measure(
     else:
         log_p, moved = known.log_p.clone(), (points != known.points).any(-1)
         log_p[moved] = density.values(points[moved])
-    sets = (log_p.double() - log_q.double()).view(num_sets, _NUM_DRAWS)
-    return summarise(sets.cpu().numpy()) if bool(sets.isfinite().all()) else None, _Known(points, log_p)
+    # A draw without a density has no weight.
+    weighed = torch.where(log_p.isfinite(), log_p, -math.inf)
+    sets = (weighed.double() - log_q.double()).view(num_sets, _NUM_DRAWS)
+    usable = bool(log_q.isfinite().all()) and bool(sets.isfinite().any(-1).all())
+    return summarise(sets.cpu().numpy()) if usable else None, _Known(points, log_p)
 
 
 def _chained(results: list[FitResult]) -> Iterator[Evaluation]:
