@@ -81,6 +81,6 @@ def test_the_box_grows_where_the_target_needs_it() -> None:
 def test_arguments(num_bins: int, bound: float) -> None:
     with pytest.raises(
         ValueError,
-        match="(num_bins must be a whole number of at least 1|bound must be a finite number greater than 0); got",
+        match=r"num_bins must be a whole number of .*; got 0|bound must be .* greater than 0; got 0",
     ):
         RationalQuadraticSpline(num_bins, bound)
