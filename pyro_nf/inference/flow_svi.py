@@ -20,7 +20,7 @@ from pyro_nf.inference.checkpoint import Progress, random_state, set_random_stat
 from pyro_nf.inference.execution import Execution
 from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
-from pyro_nf.inference.minibatches import Arguments, Fault, Minibatches, in_words
+from pyro_nf.inference.minibatches import Arguments, Fault, Minibatches, faults_in_words
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
@@ -504,7 +504,7 @@ def _with_faults(result: FitResult, faults: list[Fault]) -> FitResult:
     """Say in the result which minibatches had no data to fit to: what comes without them is no fit to all the data."""
     if not faults:
         return result
-    reason = f"{in_words(faults, result.steps)} ({result.stop_reason.removeprefix('converged: ')})"
+    reason = f"{faults_in_words(faults, result.steps)} ({result.stop_reason.removeprefix('converged: ')})"
     warnings.warn(reason, stacklevel=3)
     return dataclasses.replace(result, converged=False, stop_reason=f"not converged: {reason}")
 

@@ -104,7 +104,7 @@ class Minibatches:
         return ""
 
 
-def in_words(faults: list[Fault], steps: int) -> str:
+def faults_in_words(faults: list[Fault], steps: int) -> str:
     """Say how many steps were skipped for their minibatches, which ones, and what is wrong with the first."""
     names = [fault.minibatch for fault in faults[:_MAX_LISTED]]
     more = [f"{len(faults) - _MAX_LISTED} more"] if len(faults) > _MAX_LISTED else []
