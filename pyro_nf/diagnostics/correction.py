@@ -13,11 +13,14 @@ from pyro_nf.arguments import check_choice, check_number, check_whole_number
 from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics.diagnosis import find_names
 from pyro_nf.diagnostics.moments import Moments
-from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide
+from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
 
 Method = Literal["resample", "psis", "imh"]
+
+# Fewer weights than this show no tail.
+_LEAST = 100
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class CorrectedPosterior:
         khat: Pareto shape of the proposals' weights.
         ess: Effective number of the proposals.
         acceptance_rate: Share of the proposals that the chain moved to; NaN unless `method` is "imh".
-        mean_error: About the Monte Carlo error of a mean of these draws, in posterior standard deviations.
+        mean_error: About the error of a mean of these draws, in posterior standard deviations: of sampling, and of
+            tails that no draw shows.
         notes: What else to know, a sentence each: how far off the guide's own draws are, and what was not looked at.
     """
 
@@ -51,7 +55,7 @@ class CorrectedPosterior:
         """A few lines for people."""
         chain = f", {100 * self.acceptance_rate:.0f}% accepted" if self.method == "imh" else ""
         figures = f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
-        error = f"Monte Carlo error of their means: about {self.mean_error:.1g} posterior sd."
+        error = f"Their means have an error of about {self.mean_error:.1g} posterior sd."
         return " ".join((f"{figures}.", error, *(f"Note: {note}" for note in self.notes)))
 
 
@@ -85,8 +89,8 @@ def corrected_posterior(
         *args: The model's arguments: all the data, nothing subsampled.
         method: "resample", "psis" or "imh".
         num_samples: Draws to return.
-        num_proposals: Draws of the guide; by default ten times `num_samples`, and `num_samples` for "psis", where the
-            two are the same.
+        num_proposals: Draws of the guide, at least 100; by default ten times `num_samples` and at least 1000, and
+            `num_samples` for "psis", where the two are the same.
         proposal_df: Propose from the guide with the normals that it is made of replaced by Student-t's of so many
             degrees of freedom (10, say): a guide with too light tails then has weights that are bounded, for a few
             percent of the effective draws. For guides that are a bijection of normals, one for each coordinate.
@@ -116,10 +120,10 @@ def corrected_posterior(
         True
     """
     check_choice("method", method, get_args(Method))
-    num_samples = check_whole_number("num_samples", num_samples)
+    num_samples = check_whole_number("num_samples", num_samples, least=_LEAST if method == "psis" else 1)
     if num_proposals is None:
-        num_proposals = num_samples if method == "psis" else 10 * num_samples
-    num_proposals = check_whole_number("num_proposals", num_proposals, least=max(num_samples, 100))
+        num_proposals = num_samples if method == "psis" else max(10 * num_samples, 10 * _LEAST)
+    num_proposals = check_whole_number("num_proposals", num_proposals, least=max(num_samples, _LEAST))
     if method == "psis" and num_samples != num_proposals:
         raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
     program = Program(model, guide)
@@ -128,7 +132,7 @@ def corrected_posterior(
     log_weights, summary = proposals.log_weights, proposals.evidence.weights
     decision = decide(proposals.evidence)
     if decision.verdict is Verdict.NOT_RIGHT:
-        raise ValueError(f"importance weights cannot correct this guide. {' '.join(decision.reasons)}")
+        raise ValueError(" ".join(decision.reasons))
     smoothed = pareto_smooth(log_weights)[0]
     acceptance_rate = math.nan
     equal = np.full(num_samples, -math.log(num_samples))
@@ -151,7 +155,7 @@ def corrected_posterior(
         khat=summary.khat,
         ess=summary.ess,
         acceptance_rate=acceptance_rate,
-        mean_error=(1 / summary.ess + (0 if method == "psis" else 1 / num_samples)) ** 0.5,
+        mean_error=math.hypot(mean_error(summary), 0 if method == "psis" else num_samples**-0.5),
         notes=(*decision.reasons, *decision.notes),
     )
 

@@ -66,7 +66,8 @@ class Diagnosis(WeightSummary):
     def __str__(self) -> str:
         """A few lines for people."""
         errors = (
-            f": means to {abs(self.mean_shift):.2f} posterior sd, sds to {100 * abs(self.sd_ratio - 1):.0f}%"
+            f": the guide's own means are off by at most {abs(self.mean_shift):.2f} posterior sd, its sds by at most "
+            f"{100 * abs(self.sd_ratio - 1):.1f}%"
             if self.reliable and not math.isnan(self.mean_shift)
             else ""
         )

@@ -28,12 +28,15 @@ _HEAVY = 30.0
 _CENTER, _EXPLAINED = 0.5, 1 / 8
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
-# Weights as flat as this leave next to nothing to a tail, whatever its shape: k-hat does not count then.
-_FLAT_ESS, _FLAT_WEIGHT = 0.9, 0.01
+# With a divergence below this, in nats, the total variation is below sqrt(0.02 / 2) = 0.1: weights are flat then, and
+# leave next to nothing to a tail, whatever its shape, so that k-hat does not count.
+_FLAT_GAP = 0.02
+# By how much k-hat scatters from one set of draws to the next.
+_KHAT_SCATTER = 0.1
 # With more of the draws effective than this, a high k-hat is of the far tails alone.
 _TAILS_ESS = 0.5
-# k-hat's threshold with draws without end.
-_MOST_KHAT = 0.7
+# k-hat's threshold with draws without end, and how many a user may be asked for.
+_MOST_KHAT, _MOST_DRAWS = 0.7, 1e6
 # So many modes of little evidence, each found by a climb of its own, are a sign of many more.
 _MANY_MODES = 4
 # No posterior in sensible units is as wide on the real line.
@@ -123,11 +126,16 @@ def decide(evidence: Evidence) -> Decision:
     if not errors:
         return Decision(Verdict.RIGHT, notes=notes)
     correction = (
-        "Importance weights can correct them: the draws of corrected_posterior are right to about "
-        f"{evidence.weights.ess**-0.5:.1g} posterior sd."
+        "Importance weights can correct them: means by corrected_posterior are right to about "
+        f"{mean_error(evidence.weights):.1g} posterior sd."
     )
     reasons = (f"The guide's own draws are off: {_joined(errors)}.",)
     return Decision(Verdict.RIGHT_AFTER_CORRECTION, reasons, correction, notes)
+
+
+def mean_error(weights: WeightSummary) -> float:
+    """Return about the error of a weighted mean, in posterior standard deviations: of sampling and of unseen tails."""
+    return math.hypot(weights.ess**-0.5, weights.log_evidence_se)
 
 
 def _obstacle(evidence: Evidence) -> str:
@@ -139,7 +147,7 @@ def _obstacle(evidence: Evidence) -> str:
         return _left_out(search, search.left_out)
     if search is not None and search.num_scattered >= max(_MANY_MODES, search.num_starts / 2):
         return (
-            f"{search.num_starts} climbs from other starts ended in {search.num_scattered} different modes where the "
+            f"Climbs from {search.num_starts} other starts ended in {search.num_scattered} different modes where the "
             "guide has no draws. Each holds little of the evidence, but there may be very many more, and the log "
             "evidence may be too low. Break the symmetry in the model that makes them, if there is one, or use a "
             "sampler made for many modes, such as parallel tempering."
@@ -167,7 +175,7 @@ def _improper(flat: tuple[tuple[str, float], ...]) -> str:
 
 def _left_out(search: Search, region: Region) -> str:
     found = (
-        f"{search.num_starts} climbs from other starts found a region with {region.evidence:.2g} times the evidence of "
+        f"Climbs from {search.num_starts} other starts found a region with {region.evidence:.2g} times the evidence of "
         f"all that the guide covers, but only {100 * region.draws:.2g}% of the guide's draws are there, so the log "
         "evidence is too low and the draws miss this part. "
     )
@@ -183,26 +191,25 @@ def _left_out(search: Search, region: Region) -> str:
 def _weights_fail(evidence: Evidence) -> str:
     """Say why the weights cannot be used, and what helps: more draws, where the number of draws is all that lacks."""
     weights = evidence.weights
-    figures = f"only {weights.ess:,.0f} of {weights.num_samples:,} draws are effective"
-    enough = 1.5 * _MIN_ESS / weights.ess_fraction
+    figures, enough = [], 1.5 * _MIN_ESS / weights.ess_fraction
     if _has_long_tail(weights):
-        figures = f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}" + (
-            f" and {figures}" if weights.ess < _MIN_ESS else ""
-        )
+        figures.append(f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}")
         # The threshold 1 - 1 / log10 S is above k-hat from here on.
         enough = max(enough, 10 ** (1 / (1 - weights.khat))) if weights.khat < _MOST_KHAT else math.inf
-    figures = figures[0].upper() + figures[1:]
-    if enough < 1e6:
+    if weights.ess < _MIN_ESS:
+        figures.append(f"only {weights.ess:,.0f} of {weights.num_samples:,} draws are effective")
+    why = f"({', '.join(figures)})"
+    if enough < _MOST_DRAWS:
         digits = 10 ** max(math.floor(math.log10(enough)) - 1, 0)
         return (
-            f"{figures}: these are too few draws to judge the guide or to correct it by. "
-            f"Take {evidence.option}={math.ceil(enough / digits) * digits:,} or more."
+            f"There are too few draws to judge the guide or to correct it by {why}: "
+            f"take {evidence.option}={math.ceil(enough / digits) * digits:_} or more."
         )
     seen = [clause for clause in _misfits(evidence, -_FOUND) if "nan" not in clause]
-    hint = f"; as far as the weights show, {_joined(seen)}" if seen else ""
+    hint = f". As far as the weights show, {_joined(seen)}" if seen else ""
     return (
-        f"{figures}: the posterior has more mass where the guide has few draws than importance weights can make up "
-        f"for{hint}. {_advice(evidence)}"
+        f"Importance weights cannot correct the guide {why}: the posterior has mass where the guide has too few draws"
+        f"{hint}. {_advice(evidence)}"
     )
 
 
@@ -234,9 +241,11 @@ def _errors(evidence: Evidence) -> Iterator[str]:
         yield f"the gradients pull its center by {evidence.gradients.residual.size:.2f} sd"
     if weights.outside > 0:
         yield f"{100 * weights.outside:.2g}% of its draws have density zero under the model"
-    elif not weights.gap + _SHOWN * weights.gap_se < (_GAP_ALONE if evidence.misfit is None else _GAP):
+    elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
         yield f"it is {_with_error(weights.gap, weights.gap_se)} nats from the posterior in all{inner}"
+    if weights.khat > weights.khat_threshold - _KHAT_SCATTER and not _is_flat(weights):
+        yield f"its tails may be too light (k-hat {weights.khat:.2f} is near {weights.khat_threshold:.2f})"
 
 
 def _misfits(evidence: Evidence, errors: float) -> Iterator[str]:
@@ -251,7 +260,7 @@ def _misfits(evidence: Evidence, errors: float) -> Iterator[str]:
     for off, values, clause in ((wide, misfit.log_ratio, _sd_clause), (shifted, misfit.shift, _mean_clause)):
         if bool(off.any()):
             worst, others = int((values.abs() * off).argmax()), int(off.sum()) - 1
-            yield clause(names[worst], worst, misfit) + (f" (and {others} others are off by less)" if others else "")
+            yield clause(names[worst], worst, misfit) + (f" ({others} more off by less)" if others else "")
 
 
 def _off(values: Tensor, standard_errors: Tensor, limit: float, errors: float) -> Tensor:
@@ -276,9 +285,9 @@ def _notes(evidence: Evidence) -> Iterator[str]:
     weights, misfit = evidence.weights, evidence.misfit
     if not weights.khat < weights.khat_threshold and _is_flat(weights):
         yield (
-            f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}, but the weights are flat (ESS "
-            f"{100 * weights.ess_fraction:.1f}%, the largest is {weights.max_weight:.1g} of all): their tail is long "
-            "in shape and next to nothing in weight."
+            f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}, but the weights are flat (the "
+            f"divergence is {_with_error(weights.gap, weights.gap_se, 3, 5e-4)} nats): their tail is long in shape and "
+            "next to nothing in weight. Means and sds do not see what is farther out."
         )
     if misfit is not None:
         unknown = _is_heavy(misfit) & _off(misfit.log_ratio, misfit.log_ratio_se, _SD, _SHOWN)
@@ -297,7 +306,12 @@ def _has_long_tail(weights: WeightSummary) -> bool:
 
 
 def _is_flat(weights: WeightSummary) -> bool:
-    return weights.ess_fraction > _FLAT_ESS and weights.max_weight < _FLAT_WEIGHT
+    return _is_small(weights, _FLAT_GAP)
+
+
+def _is_small(weights: WeightSummary, limit: float) -> bool:
+    """Whether the divergence is shown to be less than so many nats."""
+    return weights.gap + _SHOWN * weights.gap_se < limit
 
 
 def _is_heavy(misfit: Misfit) -> Tensor:
