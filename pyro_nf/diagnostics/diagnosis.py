@@ -99,8 +99,9 @@ def diagnose(
     The verdict is
 
     - *right* if the guide's own draws can be used: by the weights each coordinate's mean is within 0.1 posterior sd and
-      each sd within 10%, and the divergence KL(q || p) is below 0.1 nats, all by two Monte Carlo errors; and none of
-      the draws is outside the model's support, and the gradients do not pull the center by more than 0.5 sd;
+      each sd within 10%, and the divergence KL(q || p) is below 0.1 nats, all by more than their Monte Carlo errors;
+      and none of the draws is outside the model's support, and the gradients do not pull the center by more than
+      0.5 sd;
     - *right after correction* if they cannot, but the weights can correct them, as `corrected_posterior` does: k-hat is
       below its threshold, or the weights are flat (then the tail that k-hat sees is long in shape and has next to no
       weight, and `notes` says so), and at least 100 draws are effective;

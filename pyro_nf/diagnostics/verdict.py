@@ -21,7 +21,7 @@ _GAP = 0.1
 # Where no mean was looked at, a divergence of KL bounds a normal's mean to sqrt(2 KL) standard deviations.
 _GAP_ALONE = _MEAN**2 / 2
 # What counts as shown lies so many Monte Carlo errors below its limit; what counts as found, so many above.
-_SHOWN, _FOUND = 2.0, 3.0
+_SHOWN, _FOUND = 1.0, 3.0
 # With a larger kurtosis than this a standard deviation is that of a few draws.
 _HEAVY = 30.0
 # The guide's center, in the unit of the gradients' scatter; and what part of its square weights must show as nats.
@@ -48,7 +48,7 @@ class Verdict(str, Enum):
 
     - `RIGHT`: use them as they are. Each coordinate's mean is within 0.1 posterior standard deviations and each
       standard deviation within 10%, the divergence is below 0.1 nats, and nothing else speaks against the guide; all
-      of this by two Monte Carlo errors.
+      of this by more than its Monte Carlo error.
     - `RIGHT_AFTER_CORRECTION`: they are further off than that, and importance weights can correct them: take the draws
       of `corrected_posterior`.
     - `NOT_RIGHT`: neither the draws nor their weights can be used.
@@ -244,7 +244,7 @@ def _errors(evidence: Evidence) -> Iterator[str]:
     elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
         yield f"it is {_with_error(weights.gap, weights.gap_se)} nats from the posterior in all{inner}"
-    if weights.khat > weights.khat_threshold - _KHAT_SCATTER and not _is_flat(weights):
+    if weights.khat > weights.khat_threshold - _KHAT_SCATTER and weights.gap > _FLAT_GAP:
         yield f"its tails may be too light (k-hat {weights.khat:.2f} is near {weights.khat_threshold:.2f})"
 
 
@@ -271,7 +271,7 @@ def _sd_clause(name: str, index: int, misfit: Misfit) -> str:
     ratio, error = math.exp(float(misfit.log_ratio[index])), float(misfit.log_ratio_se[index])
     if not 0.1 < ratio < 2:
         return f"its sd of {name} is {ratio:.2g} times the posterior's"
-    percent = _with_error(100 * abs(ratio - 1), 100 * ratio * error, digits=0, least=3.0)
+    percent = _with_error(100 * abs(ratio - 1), 100 * ratio * error, digits=0, least=2.0)
     return f"its sd of {name} is {percent}% too {'small' if ratio < 1 else 'large'}"
 
 

@@ -56,7 +56,7 @@ MISSED = Region(evidence=0.5, evidence_se=0.01, draws=0.0, draws_se=0.001)
         ("right", found(GOOD, shift=0.08, ratio=1.08)),
         ("right after correction", found(GOOD, shift=0.12)),
         ("right after correction", found(GOOD, ratio=0.88)),
-        ("right after correction", found(GOOD, shift=0.08, error=0.02)),  # not shown to be below a tenth
+        ("right after correction", found(GOOD, shift=0.08, error=0.03)),  # not shown to be below a tenth
         ("right after correction", found(normal_weights(0.7))),  # 0.35 nats, though each coordinate is right
         ("right", decide(Evidence(weights=normal_weights(0.001)))),
         ("right after correction", decide(Evidence(weights=normal_weights(0.05)))),  # no mean was looked at
@@ -67,7 +67,7 @@ MISSED = Region(evidence=0.5, evidence_se=0.01, draws=0.0, draws_se=0.001)
         ("not right", found(GOOD, search=search(MISSED))),
         ("not right", found(GOOD, search=search(num_scattered=5))),
         ("not right", found(GOOD, gradients=gradients(flat=(("b", 4e8),)))),
-        ("right", found(GOOD, ratio=0.8, error=0.04, kurtosis=5000.0)),  # a heavy tail's sd is not known
+        ("right", found(GOOD, ratio=0.8, error=0.05, kurtosis=5000.0)),  # a heavy tail's sd is not known
         ("right after correction", found(GOOD, ratio=0.5, error=0.05, kurtosis=50.0)),
     ],
 )
