@@ -43,7 +43,7 @@ def run(name, seed):
         "se": found.log_evidence_se,
         "k-hat": found.khat,
         "ESS": found.ess_fraction,
-        "reliable": found.reliable,
+        "verdict": found.verdict.value,
         "converged": result.converged,
         "steps": result.steps,
         "seconds": result.seconds,

@@ -93,7 +93,8 @@ def run(job):
         "k-hat": found.khat,
         **(errors(posterior, guide) if posterior.mean is not None else {}),
         "reliable": found.reliable,
-        "reasons": "; ".join(found.reasons),
+        "verdict": found.verdict.value,
+        "reasons": " ".join(found.reasons),
     }
 
 

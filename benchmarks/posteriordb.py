@@ -87,14 +87,14 @@ def run(job, folder):
     if method in posteriordb_peers.FITS:
         draws = posteriordb_peers.fit(posterior, method, PEER_SECONDS, seed)
         seconds, said = draws.seconds, {"steps": draws.steps, "stages": "", "converged": False}
-        found, verdict = posteriordb_peers.weigh(posterior, draws), {"reliable": None, "reasons": ""}
+        found, verdict = posteriordb_peers.weigh(posterior, draws), {"reliable": None, "verdict": "", "reasons": ""}
     else:
         fit = defaults if method == "AutoFlow" else partial(peer, PEERS[method])
         start = time.perf_counter()
         guide, said = fit(posterior, seed)
         seconds = time.perf_counter() - start
         found = diagnose(posterior.model, guide, *posterior.args)
-        verdict = {"reliable": found.reliable, "reasons": "; ".join(found.reasons)}
+        verdict = {"reliable": found.reliable, "verdict": found.verdict.value, "reasons": " ".join(found.reasons)}
     if method == "AutoFlow":
         mean_off, sd_off = moments(posterior, guide)
     return {

@@ -201,7 +201,11 @@ class FlowGuide(AutoGuide):
 
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Return draws of every latent site, `{site: (num_samples, *shape)}`, in one batch."""
+        """Return the guide's own draws of every latent site, `{site: (num_samples, *shape)}`, in one batch.
+
+        No weights correct them, as those of `corrected_posterior`: they are the posterior's where the verdict of
+        `diagnose` is "right". `Predictive(model, draws)` takes them.
+        """
         self._ensure_prototype(*args, **kwargs)
         latents = self.get_posterior(*args, **kwargs).sample((num_samples,))
         draws: dict[str, Tensor] = _map_draws(self._constrain, latents)

@@ -72,6 +72,16 @@ def check_flag(name: str, value: Any) -> bool:
     return value
 
 
+def check_callable(name: str, value: Any) -> None:
+    """Check that a model or a guide can be called.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not callable(value):
+        raise ValueError(f"{name} must be a function of Pyro's sample statements or a PyroModule; got {_shown(value)}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any], also: str = "") -> Any:
     """Return the value if it is one of the choices; names that are nearly right get the nearest one offered.
 

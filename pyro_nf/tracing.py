@@ -22,6 +22,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_nf.arguments import check_callable
 from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
 from pyro_nf.validity import (
     bounds,
@@ -95,9 +96,14 @@ class Program:
 
     Attributes:
         vectorized: Whether draws are batched; false from the first model on that `vmap` could not batch.
+
+    Raises:
+        ValueError: If one of them cannot be called.
     """
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        check_callable("model", model)
+        check_callable("guide", guide)
         self.model, self.guide = model, guide
         self._structures: dict[Any, Structure] = {}
         self.vectorized = True

@@ -56,8 +56,8 @@ def few_steps():
 
 
 def test_readme(run, capsys):
-    assert run("README.md", blocks("README.md")).idata["sample_stats"].attrs["reliable"] == 1
-    assert "reliable" in capsys.readouterr().out
+    assert run("README.md", blocks("README.md")).idata["sample_stats"].attrs["verdict"] == "right"
+    assert "Verdict: right" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("context_dim", [0, 2])

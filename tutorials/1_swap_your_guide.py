@@ -183,6 +183,6 @@ _ = plot_pairs({"mean-field": to_arviz(model, mean_field, sigma, effect), "flow"
 #
 # - A converged ELBO says nothing about how far the guide is from the posterior. `diagnose` does.
 # - The swap is one line, `AutoNormal(model)` to `AutoFlow(model)`. Everything else of your code stays.
-# - Read the verdict from left to right: k-hat below its threshold, an effective sample size that is not tiny, an
-#   ELBO near the log evidence. If one is off, [Why is my k-hat high?](../docs/khat.md) says what to try.
-# - Then work with `corrected_posterior`, or take the draws to ArviZ.
+# - The verdict says which draws to use: the guide's own if it is "right", those of `corrected_posterior` if it is
+#   "right after correction". If it is "not right", [Why is my k-hat high?](../docs/khat.md) says what to try.
+# - Then take the draws to `Predictive` or to ArviZ.

@@ -147,7 +147,7 @@ for name, guide in guides.items():
         "KL (nats)": round(exact.log_evidence - found.elbo, 3),
         "ESS": f"{100 * found.ess_fraction:.0f}%",
         "k-hat": round(found.khat, 2),
-        "reliable": found.reliable,
+        "verdict": str(found.verdict),
     }
     draws[name] = to_arviz(model, guide, *data, num_samples=10_000)["posterior"]["tau"].values.ravel()
 pd.DataFrame(rows).T
@@ -162,7 +162,7 @@ axis.set(xlabel=r"$\log\,\tau$", xlim=(-5, 4), yticks=[])
 _ = axis.legend()
 
 # %% [markdown]
-# The normal misses the long left shoulder of `tau`, and its verdict is "not reliable". Twenty more numbers than
+# The normal misses the long left shoulder of `tau`, and its verdict is not "right". Twenty more numbers than
 # a full-rank normal needs, a skewness and a weight of the tails for each latent, close more than half of the
 # gap. What is left is not a matter of single coordinates: how wide `mu` and the schools are depends on `tau`,
 # and a map that treats each coordinate by itself cannot say so. The default flow can, with a hundred times as

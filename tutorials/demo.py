@@ -53,7 +53,7 @@ def fit_schools():
                 "mu": f"{float(posterior['mu'].mean()):.2f} +- {float(posterior['mu'].std()):.2f}",
                 "tau": f"{float(posterior['tau'].mean()):.2f} +- {float(posterior['tau'].std()):.2f}",
                 "seconds": f"{result.seconds:.0f}",
-                "reliable": "yes" if found.reliable else "NO",
+                "verdict": str(found.verdict),
             }
         )
         verdicts += [f"  {name}: {reason}" for reason in found.reasons]

@@ -8,12 +8,14 @@ from pyro_nf.diagnostics.diagnosis import Diagnosis, diagnose
 from pyro_nf.diagnostics.local import LocalEvidence, local_evidence
 from pyro_nf.diagnostics.loo import loo
 from pyro_nf.diagnostics.plots import plot_coverage, plot_elbo, plot_flow, plot_pairs, plot_weights
+from pyro_nf.diagnostics.verdict import Verdict
 
 __all__ = [
     "Calibration",
     "CorrectedPosterior",
     "Diagnosis",
     "LocalEvidence",
+    "Verdict",
     "calibrate",
     "compare",
     "corrected_posterior",

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from pyro_nf import __version__
+from pyro_nf.arguments import check_whole_number
+from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics import simulation
 from pyro_nf.diagnostics.arviz_versions import inference_data
-from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.diagnosis import Diagnosis, find_names, judge
+from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.verdict import Evidence, Verdict
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
 
@@ -28,6 +32,11 @@ Variables = dict[str, tuple[list[str], Array]]
 # Names that dimensions have here, so that sites and plates cannot.
 _OWN_DIMS = ("chain", "draw", "step")
 _SAMPLES = ["chain", "draw"]
+# What the draws of the posterior are, as an attribute.
+_DRAWS = (
+    "the guide's own; log_weight in sample_stats corrects them to the posterior where the verdict there is right after "
+    "correction"
+)
 
 
 class Fitted(Protocol):
@@ -52,7 +61,9 @@ def to_arviz(
     The draws are independent: they form one chain, for which R-hat says nothing (`az.summary(data, kind="stats")`
     leaves it out). Groups:
 
-    - `posterior`: latent and deterministic sites, `(chain=1, draw, *shape)`; the dimensions of a plate bear its name;
+    - `posterior`: the guide's own draws, not corrected by their weights, of latent and deterministic sites, `(chain=1,
+      draw, *shape)`; the dimensions of a plate bear its name. (`Predictive` takes latents alone, as from
+      `guide.sample_posterior` or `corrected_posterior(...).draws`.);
     - `posterior_predictive`: data that the model draws given these latents, in the shape of the observed sites;
     - `log_likelihood`: of every observed site, pointwise; 0 where data are masked;
     - `prior`, `prior_predictive`: the same from draws of the model itself (`pyro.factor` has no part in them);
@@ -60,8 +71,11 @@ def to_arviz(
     - `constant_data`: the model's other tensor arguments, by the names of its signature. If just one plate has the size
       of an argument's first dimension, that dimension bears its name;
     - `sample_stats`: `log_p` and `log_q` of each draw, `log_weight` (Pareto-smoothed, normalised: exponentials sum to
-      1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, `reliable`, ...; given
-      a `result`, `elbo_trace` along the dimension `step`.
+      1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, ..., `verdict`
+      ("right", "right after correction" or "not right", by their weights: no climbs are made here as in `diagnose`, so
+      that a mode in which the guide has no draws goes unnoticed), `reliable` (1 where it is "right"), `reasons`,
+      `notes`, and `draws`, which says what the draws of `posterior` are; given a `result`, `elbo_trace` along the
+      dimension `step`.
 
     A warning names what is left out because nothing can be drawn: data or latents of a distribution without a sampler,
     such as an improper prior.
@@ -79,8 +93,9 @@ def to_arviz(
         `arviz.InferenceData` (ArviZ 0.x) or `xarray.DataTree` (ArviZ 1.x).
 
     Raises:
-        ValueError: If a plate is subsampled, `num_samples` is less than 100 or `num_prior_samples` negative, a
-            parameter of the model bears the name of an option, or a site that of an ArviZ dimension.
+        ValueError: If a plate is subsampled, `num_samples` is no whole number of at least 100 or `num_prior_samples`
+            none of at least 0, model or guide is not callable, a parameter of the model bears the name of an option,
+            or a site that of an ArviZ dimension.
 
     Example:
         >>> import pyro
@@ -98,30 +113,36 @@ def to_arviz(
         >>> dict(data["prior_predictive"]["y"].sizes)
         {'chain': 1, 'draw': 1000, 'unit': 3}
     """
-    if num_samples < 100:
-        raise ValueError(f"num_samples must be at least 100; got {num_samples}")
-    if num_prior_samples < 0:
-        raise ValueError(f"num_prior_samples must not be negative; got {num_prior_samples}")
-    simulation.check_options("to_arviz", ("num_samples", "num_prior_samples", "result"), model, args)
+    num_samples = check_whole_number("num_samples", num_samples, least=100)
+    num_prior_samples = check_whole_number("num_prior_samples", num_prior_samples, least=0)
     plain = Program(model, guide)
+    simulation.check_options("to_arviz", ("num_samples", "num_prior_samples", "result"), model, args)
     require_whole_data(plain, args, kwargs)
-    sites = _Sites(plain.structure(args, kwargs).particle.model.nodes)
+    particle = plain.structure(args, kwargs).particle
+    sites, (names, obstacle) = _Sites(particle.model.nodes), find_names(particle)
+
+    def extract(particle: Particle, predicted: bool = False) -> dict[str, Tensor]:
+        kept = sites.posterior(particle, predicted)
+        return kept | ({"coordinates": coordinates(particle.model)} if names else {})
+
     predictive = Program(model, simulation.predictive(model, guide))
     if _can_draw(predictive, args, kwargs, "posterior_predictive"):
-        draws = predictive.map_in_chunks(partial(sites.posterior, predicted=True), num_samples, args, kwargs)
+        draws = predictive.map_in_chunks(partial(extract, predicted=True), num_samples, args, kwargs)
     else:
-        draws = plain.map_in_chunks(sites.posterior, num_samples, args, kwargs)
+        draws = plain.map_in_chunks(extract, num_samples, args, kwargs)
+    points = draws.pop("coordinates", None)
     prior = Program(model, simulation.prior(model))
     if num_prior_samples and _can_draw(prior, args, kwargs, "prior"):
         draws |= prior.map_in_chunks(sites.prior, num_prior_samples, args, kwargs)
     groups = sites.variables(draws)
     groups["observed_data"] = sites.observed_data()
     groups["constant_data"] = sites.constant_data(simulation.named_arguments(model, args, kwargs))
-    diagnosis = _add_weights(groups["sample_stats"])
+    evidence = _add_weights(groups["sample_stats"], points, names, obstacle)
     if result is not None:
         groups["sample_stats"]["elbo_trace"] = (["step"], _numpy(result.history))
     data = inference_data({group: _dataset(variables) for group, variables in groups.items() if variables})
-    data["sample_stats"].attrs.update(diagnosis)
+    data["sample_stats"].attrs.update(_attributes(judge(evidence)))
+    data["posterior"].attrs["draws"] = _DRAWS
     return data
 
 
@@ -209,16 +230,28 @@ def _can_draw(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], g
     return True
 
 
-def _add_weights(stats: Variables) -> dict[str, Any]:
-    """Add the draws' weights to `log_p` and `log_q`, and return their diagnosis, as NetCDF takes attributes."""
+def _add_weights(stats: Variables, points: Tensor | None, names: list[str], obstacle: str) -> Evidence:
+    """Add the draws' weights to `log_p` and `log_q`, and return what they say of the guide."""
     log_weights = stats["log_p"][1] - stats["log_q"][1]
     stats["log_weight"] = (_SAMPLES, pareto_smooth(log_weights[0])[0][None])
-    attributes: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(judge(summarise(log_weights))).items():
-        if isinstance(value, (bool, int, float)):
-            attributes[name] = int(value) if isinstance(value, bool) else value
+    weights = summarise(log_weights)
+    if points is None:
+        return Evidence(weights=weights, notes=(obstacle,))
+    moments = Moments()
+    moments.add(torch.as_tensor(log_weights[0]), points)
+    return Evidence(weights=weights, names=names, misfit=moments.compare())
+
+
+def _attributes(diagnosis: Diagnosis) -> dict[str, Any]:
+    """Return a diagnosis as NetCDF takes attributes."""
+    attributes: dict[str, Any] = {"draws": _DRAWS}
+    for name, value in (dataclasses.asdict(diagnosis) | {"reliable": diagnosis.reliable}).items():
+        if isinstance(value, bool):
+            attributes[name] = int(value)
         elif isinstance(value, tuple):
-            attributes[name] = "; ".join(map(str, value))
+            attributes[name] = " ".join(value)
+        else:
+            attributes[name] = str(value) if isinstance(value, Verdict) else value
     return attributes
 
 

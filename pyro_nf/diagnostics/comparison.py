@@ -49,7 +49,7 @@ def compare(fits: Mapping[str, Fit], **options: Any) -> pd.DataFrame:
 
     Returns:
         A row for each fit, with `gap`, `elbo`, `log_evidence`, `log_evidence_se`, `khat`, `ess_fraction`, `seconds`,
-        `converged`, `reliable`, `reasons`.
+        `converged`, `verdict` (a string), `reliable` (whether that is "right"), `reasons`.
 
     Raises:
         ValueError: If there is no fit, or a fit was to minibatches, whose weights mean nothing.
@@ -84,8 +84,9 @@ def compare(fits: Mapping[str, Fit], **options: Any) -> pd.DataFrame:
             "ess_fraction": diagnosis.ess_fraction,
             "seconds": fits[name].seconds,
             "converged": fits[name].converged,
+            "verdict": diagnosis.verdict.value,
             "reliable": diagnosis.reliable,
-            "reasons": "; ".join(diagnosis.reasons),
+            "reasons": " ".join(diagnosis.reasons),
         }
         for name, diagnosis in found.items()
     }

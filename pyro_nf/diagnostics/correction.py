@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import check_choice, check_number, check_whole_number
 from pyro_nf.coordinates import coordinates
-from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.diagnosis import find_names
+from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
 
 Method = Literal["resample", "psis", "imh"]
+
+# Fewer weights than this show no tail.
+_LEAST = 100
 
 
 @dataclass(frozen=True)
@@ -22,25 +28,35 @@ class CorrectedPosterior:
     """Draws of the posterior, as far as a guide's weights can correct them.
 
     Attributes:
-        draws: `{site: (num_samples, *shape)}` of the latent and deterministic sites.
+        draws: `{site: (num_samples, *shape)}` of the latent sites, as `Predictive(model, draws)` takes them.
+        deterministic: `{site: (num_samples, *shape)}` of the deterministic sites at the same draws and the arguments
+            given here; not for `Predictive`, which would keep them as they are for other arguments.
         log_weights: Their normalised log weights, `(num_samples,)`: all equal unless `method` is "psis".
         method: How they were made.
         khat: Pareto shape of the proposals' weights.
         ess: Effective number of the proposals.
         acceptance_rate: Share of the proposals that the chain moved to; NaN unless `method` is "imh".
+        mean_error: About the error of a mean of these draws, in posterior standard deviations: of sampling, and of
+            tails that no draw shows.
+        notes: What else to know, a sentence each: how far off the guide's own draws are, and what was not looked at.
     """
 
     draws: dict[str, Tensor]
+    deterministic: dict[str, Tensor]
     log_weights: Tensor
     method: str
     khat: float
     ess: float
     acceptance_rate: float
+    mean_error: float
+    notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line for people."""
+        """A few lines for people."""
         chain = f", {100 * self.acceptance_rate:.0f}% accepted" if self.method == "imh" else ""
-        return f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
+        figures = f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
+        error = f"Their means have an error of about {self.mean_error:.1g} posterior sd."
+        return " ".join((f"{figures}.", error, *(f"Note: {note}" for note in self.notes)))
 
 
 def corrected_posterior(
@@ -61,7 +77,11 @@ def corrected_posterior(
     - `"imh"`: an independence Metropolis chain that accepts the guide's next draw with probability
       `min(1, w' / w)`, thinned to `num_samples`; it starts at a resampled draw. Unsmoothed, so exact in the long run.
 
-    None of them finds what the guide does not cover: `diagnose` first.
+    Guides whose `diagnose` says "right" or "right after correction" are accepted, for the same figures of the weights
+    decide. But no climbs from other starts are made here, so that a mode in which the guide has no draws is missing in
+    the corrected draws too, and nothing but a note says so: `diagnose` first.
+
+    `Predictive(model, corrected.draws)(new_data)` predicts; draws by "psis" have weights, which it does not know of.
 
     Args:
         model: The Pyro model.
@@ -69,17 +89,17 @@ def corrected_posterior(
         *args: The model's arguments: all the data, nothing subsampled.
         method: "resample", "psis" or "imh".
         num_samples: Draws to return.
-        num_proposals: Draws of the guide; by default ten times `num_samples`, and `num_samples` for "psis", where the
-            two are the same.
+        num_proposals: Draws of the guide, at least 100; by default ten times `num_samples` and at least 1000, and
+            `num_samples` for "psis", where the two are the same.
         proposal_df: Propose from the guide with the normals that it is made of replaced by Student-t's of so many
             degrees of freedom (10, say): a guide with too light tails then has weights that are bounded, for a few
             percent of the effective draws. For guides that are a bijection of normals, one for each coordinate.
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If weights cannot help, because k-hat is not below its threshold or there are fewer than 100
-            effective draws; if an option is out of range, a plate is subsampled, or `proposal_df` is given for another
-            kind of guide.
+        ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not flat) or
+            there are fewer than 100 effective draws; if an option is out of range, a plate is subsampled, or
+            `proposal_df` is given for another kind of guide.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72); Tierney (1994), "Markov chains for
@@ -99,24 +119,20 @@ def corrected_posterior(
         >>> abs(float(corrected.draws["z"].mean())) < 0.1
         True
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
+    check_choice("method", method, get_args(Method))
+    num_samples = check_whole_number("num_samples", num_samples, least=_LEAST if method == "psis" else 1)
     if num_proposals is None:
-        num_proposals = num_samples if method == "psis" else 10 * num_samples
-    if not (1 <= num_samples <= num_proposals and num_proposals >= 100):
-        raise ValueError(
-            "num_samples must be positive and at most num_proposals, which is at least 100; "
-            f"got {num_samples} and {num_proposals}"
-        )
+        num_proposals = num_samples if method == "psis" else max(10 * num_samples, 10 * _LEAST)
+    num_proposals = check_whole_number("num_proposals", num_proposals, least=max(num_samples, _LEAST))
     if method == "psis" and num_samples != num_proposals:
         raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
     program = Program(model, guide)
     require_whole_data(program, args, kwargs)
-    sites, log_weights = _propose(program, num_proposals, proposal_df, args, kwargs)
-    summary = summarise(log_weights[None])
-    judged = judge(replace(summary, outside=0.0))  # draws outside the support just have no weight
-    if not judged.reliable:
-        raise ValueError(f"importance weights cannot correct this guide: {'; '.join(judged.reasons)}")
+    proposals = _propose(program, num_proposals, proposal_df, args, kwargs)
+    log_weights, summary = proposals.log_weights, proposals.evidence.weights
+    decision = decide(proposals.evidence)
+    if decision.verdict is Verdict.NOT_RIGHT:
+        raise ValueError(" ".join(decision.reasons))
     smoothed = pareto_smooth(log_weights)[0]
     acceptance_rate = math.nan
     equal = np.full(num_samples, -math.log(num_samples))
@@ -127,36 +143,69 @@ def corrected_posterior(
     else:
         states, acceptance_rate = _chain(log_weights, int(_systematic(smoothed, 1)[0]))
         index, result = states[np.linspace(0, num_proposals - 1, num_samples).round().astype(int)], equal
+    draws, deterministic = (
+        {name: value[torch.as_tensor(index, device=value.device)] for name, value in sites.items()}
+        for sites in (proposals.latent, proposals.deterministic)
+    )
     return CorrectedPosterior(
-        draws={name: value[torch.as_tensor(index, device=value.device)] for name, value in sites.items()},
+        draws=draws,
+        deterministic=deterministic,
         log_weights=torch.as_tensor(result),
         method=method,
         khat=summary.khat,
         ess=summary.ess,
         acceptance_rate=acceptance_rate,
+        mean_error=math.hypot(mean_error(summary), 0 if method == "psis" else num_samples**-0.5),
+        notes=(*decision.reasons, *decision.notes),
     )
+
+
+class _Proposals(NamedTuple):
+    """Draws of the guide, `{site: (number, *shape)}`, their log weights, `(number,)`, and what these say of it."""
+
+    latent: dict[str, Tensor]
+    deterministic: dict[str, Tensor]
+    log_weights: Floats
+    evidence: Evidence
 
 
 def _propose(
     program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[dict[str, Tensor], Floats]:
-    """Return draws, `{site: (number, *shape)}`, and their log weights, `(number,)`."""
-    nodes = program.structure(args, kwargs).particle.model.nodes
-    names = [name for name, site in nodes.items() if is_latent(site) or is_deterministic(site)]
+) -> _Proposals:
+    particle = program.structure(args, kwargs).particle
+    names, obstacle = find_names(particle)
+    groups = {
+        "latent": [name for name, site in particle.model.nodes.items() if is_latent(site)],
+        "deterministic": [name for name, site in particle.model.nodes.items() if is_deterministic(site)],
+    }
 
     def extract(particle: Particle) -> dict[str, Tensor]:
-        values = {f"site {name}": torch.as_tensor(particle.model.nodes[name]["value"]) for name in names}
-        return values | log_densities(particle)
+        values = {
+            f"{group} {name}": torch.as_tensor(particle.model.nodes[name]["value"])
+            for group, members in groups.items()
+            for name in members
+        }
+        return values | log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
-    parts = []
+    parts, moments = [], Moments()
     with torch.no_grad():
         for draws, log_ratio in _noise(program, number, df, args, kwargs):
             part = program.map(extract, draws, args, kwargs)
             part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
+            if names:
+                moments.add(part["log_w"], part.pop("point"))
             parts.append(part)
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    log_weights = found.pop("log_w").cpu().numpy()
-    return {name.removeprefix("site "): value for name, value in found.items()}, log_weights
+    log_weights = found["log_w"].cpu().numpy()
+    weights = summarise(log_weights[None])
+    option = "num_proposals"
+    evidence = (
+        Evidence(weights=weights, names=names, misfit=moments.compare(), option=option)
+        if names
+        else Evidence(weights=weights, notes=(obstacle,), option=option)
+    )
+    latent, deterministic = ({name: found[f"{group} {name}"] for name in groups[group]} for group in groups)
+    return _Proposals(latent, deterministic, log_weights, evidence)
 
 
 def _noise(
@@ -166,8 +215,7 @@ def _noise(
     if df is None:
         yield from ((draws, 0.0) for draws in program.chunks(number, args, kwargs))
         return
-    if not df > 0:
-        raise ValueError(f"proposal_df must be positive; got {df!r}")
+    df = check_number("proposal_df", df, above=0.0)
     _require_bijection(program, args, kwargs)
     student, normal = torch.distributions.StudentT(df), torch.distributions.Normal(0.0, 1.0)
     for draws in program.chunks(number, args, kwargs):

@@ -1,34 +1,26 @@
 """Can this posterior be trusted? Several figures of fresh draws, and a verdict in words."""
 
-import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import check_whole_number
 from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
 from pyro_nf.density import Density
 from pyro_nf.diagnostics.moments import Moments
-from pyro_nf.diagnostics.regions import num_scattered, regions
-from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
+from pyro_nf.diagnostics.regions import search
+from pyro_nf.diagnostics.stein import stein_residual
+from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
-from pyro_nf.modes import find_modes, starting_points
 from pyro_nf.tracing import Particle, Program, in_words
 
-# Fewer effective draws than this cannot carry a posterior summary.
-_MIN_ESS = 100.0
-# Weights as flat as this leave next to nothing to a tail, whatever its shape: k-hat does not count then.
-_FLAT_ESS, _FLAT_WEIGHT = 0.9, 0.01
-# Misfits that matter, in posterior standard deviations: of one coordinate's mean and (in logs) sd, and of the centre.
-_MEAN, _SD, _CENTRE = 0.2, 0.2, 0.5
 # Climbs need the whole Hessian.
 _MAX_DIM = 500
-# So many modes of little evidence, each found by a climb of its own, are a sign of many more.
-_MANY_MODES = 4
 # Draws with a gradient, and numbers that their coordinates may take together.
 _NUM_SCORES, _PER_COORDINATE, _MAX_NUMBERS = 1000, 10, 2**24
 
@@ -37,22 +29,23 @@ _NUM_SCORES, _PER_COORDINATE, _MAX_NUMBERS = 1000, 10, 2**24
 class Diagnosis(WeightSummary):
     r"""How far a guide's draws can be trusted: what their weights say (`WeightSummary`), and other figures.
 
-    What was not looked at is NaN, and `notes` says why.
+    What was not looked at is NaN, and `notes` says why. "Posterior sd" is of a coordinate: a latent on the real line.
 
     Attributes:
-        mean_shift: By how many posterior sds the weights move the mean of the coordinate (latents on the real line)
-            that they move most.
+        mean_shift: By how many posterior sds the weights move the mean of the coordinate that they move most.
         sd_ratio: The guide's sd over the weighted one, of the coordinate where it is furthest from 1.
-        stein_residual: How many sds off the guide's centre lies by the gradients g of the log density,
+        stein_residual: How many sds off the guide's center lies by the gradients g of the log density,
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
         left_out: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
             over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
             has three quarters of the posterior and leaves out the rest.
         num_starts: Climbs.
-        reliable: Whether nothing speaks against the guide.
-        reasons: What does, a sentence each, with what to try.
-        notes: What else to know: what was not looked at, or speaks against the guide only at first sight.
+        verdict: `Verdict.RIGHT`, `RIGHT_AFTER_CORRECTION` or `NOT_RIGHT`; they equal the strings "right", "right after
+            correction" and "not right".
+        reasons: What speaks against "right", a few sentences for each cause: what was found, and what to do.
+        notes: What else to know, a sentence each: what was not looked at, or speaks against the guide only at first
+            sight.
     """
 
     mean_shift: float = math.nan
@@ -61,18 +54,31 @@ class Diagnosis(WeightSummary):
     stein_noise: float = math.nan
     left_out: float = math.nan
     num_starts: int = 0
-    reliable: bool
+    verdict: Verdict
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def reliable(self) -> bool:
+        """Whether the guide's own draws can be used as they are: whether the verdict is "right"."""
+        return self.verdict is Verdict.RIGHT
+
     def __str__(self) -> str:
         """A few lines for people."""
-        verdict = "reliable" if self.reliable else "NOT reliable: " + "; ".join(self.reasons)
-        notes = f" (Note: {'; '.join(self.notes)})" if self.notes else ""
-        return (
-            f"ELBO {self.elbo:.3f} +- {self.elbo_mcse:.3f}, log evidence {self.log_evidence:.3f} +- "
-            f"{self.log_evidence_se:.3f}, k-hat {self.khat:.2f} (below {self.khat_threshold:.2f} is good), "
-            f"ESS {100 * self.ess_fraction:.1f}%: {verdict}{notes}"
+        errors = (
+            f": the guide's own means are off by at most {abs(self.mean_shift):.2f} posterior sd, its sds by at most "
+            f"{100 * abs(self.sd_ratio - 1):.1f}%"
+            if self.reliable and not math.isnan(self.mean_shift)
+            else ""
+        )
+        return " ".join(
+            (
+                f"ELBO {self.elbo:.3f} +- {self.elbo_mcse:.3f}, log evidence {self.log_evidence:.3f} +- "
+                f"{self.log_evidence_se:.3f}, k-hat {self.khat:.2f} (below {self.khat_threshold:.2f} is good), "
+                f"ESS {100 * self.ess_fraction:.1f}%. Verdict: {self.verdict}{errors}.",
+                *self.reasons,
+                *(f"Note: {note}" for note in self.notes),
+            )
         )
 
 
@@ -90,16 +96,19 @@ def diagnose(
     Draws are run in parts and reduced at once: only their weights are kept, so a million draws take no more memory
     than a thousand. A single k-hat scatters by a tenth or two, so the one reported is the median over `num_sets` sets.
 
-    A guide is not reliable if
+    The verdict is
 
-    - k-hat is not below its threshold, unless the weights are flat: then the tail that k-hat sees is long in shape and
-      has next to no weight, and `notes` says so;
-    - there are fewer than 100 effective draws, or draws outside the model's support;
-    - the weights move a mean by more than 0.2 sd, or a sd by more than a fifth, or the gradients pull the centre by
-      more than 0.5 sd, beyond their Monte Carlo errors;
-    - one of `num_starts` climbs (L-BFGS, from uniform points in the cube from -2 to 2 on the real line and their
-      opposites) finds a region with over 1% of the evidence and over twice what the guide has there. The weights,
-      which are of the guide's own draws, cannot show it; nor can climbs show what none of them finds.
+    - *right* if the guide's own draws can be used: by the weights each coordinate's mean is within 0.1 posterior sd and
+      each sd within 10%, and the divergence KL(q || p) is below 0.1 nats, all by more than their Monte Carlo errors;
+      and none of the draws is outside the model's support, and the gradients do not pull the center by more than
+      0.5 sd;
+    - *right after correction* if they cannot, but the weights can correct them, as `corrected_posterior` does: k-hat is
+      below its threshold, or the weights are flat (then the tail that k-hat sees is long in shape and has next to no
+      weight, and `notes` says so), and at least 100 draws are effective;
+    - *not right* if weights cannot help, or if one of `num_starts` climbs (L-BFGS, from uniform points in the cube from
+      -2 to 2 on the real line and their opposites) finds a region with over 1% of the evidence and over twice what the
+      guide has there. The weights, which are of the guide's own draws, cannot show it; nor can climbs show what none
+      of them finds.
 
     Args:
         model: The Pyro model.
@@ -111,7 +120,7 @@ def diagnose(
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If a plate is subsampled, or a number is too small.
+        ValueError: If a plate is subsampled, or a number is no whole number or too small.
 
     References:
         Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work?", arXiv:1802.02538; Vehtari, Simpson, Gelman,
@@ -125,17 +134,15 @@ def diagnose(
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
         ...     pyro.sample("z", dist.Normal(0.0, 0.1))
-        >>> diagnose(model, AutoFlow(model)).reliable  # the guide starts as just this normal
-        True
+        >>> print(diagnose(model, AutoFlow(model)).verdict)  # the guide starts as just this normal
+        right
     """
-    if num_samples < 100 or num_sets < 1 or num_starts < 0:
-        raise ValueError(
-            "num_samples must be at least 100, num_sets at least 1, and num_starts not negative; "
-            f"got {num_samples}, {num_sets} and {num_starts}"
-        )
+    num_samples = check_whole_number("num_samples", num_samples, least=100)
+    num_sets = check_whole_number("num_sets", num_sets)
+    num_starts = check_whole_number("num_starts", num_starts, least=0)
     program = Program(model, guide)
     require_whole_data(program, args, kwargs)
-    names, obstacle = _coordinate_names(program.structure(args, kwargs).particle)
+    names, obstacle = find_names(program.structure(args, kwargs).particle)
 
     def extract(particle: Particle) -> dict[str, Tensor]:
         return log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
@@ -151,57 +158,60 @@ def diagnose(
             if names:
                 moments.add(log_weights, found["point"])
         sets.append(torch.cat(parts).numpy())
-    diagnosis = _with_obstacles(judge(summarise(np.stack(sets))), program, num_samples, args, kwargs)
+    weights = summarise(np.stack(sets))
+    without_density = in_words(program.without_density(2 * num_samples, args, kwargs)) if weights.outside else ""
     if not names:
-        return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, obstacle))
-    diagnosis = _with_moments(diagnosis, *moments.compare(), names, num_sets)
+        return judge(Evidence(weights=weights, notes=(obstacle,)))
     log_density = model_log_density(model, args, kwargs)
     points, scores = _scores(program, log_density, len(names), args, kwargs)
-    diagnosis = _with_gradients(diagnosis, stein_residual(scores))
-    density = Density(log_density, program.num_numbers(args, kwargs))
-    return _with_starts(diagnosis, density, points, num_starts)
+    evidence = Evidence(weights=weights, names=names, misfit=moments.compare())
+    if len(points) < 2:
+        return judge(replace(evidence, notes=("No draw has a finite gradient of the log density.",)))
+    evidence = replace(evidence, gradients=_gradients(points, scores, names))
+    if len(names) > _MAX_DIM:
+        note = f"Climbs are made in up to {_MAX_DIM} coordinates; there are {len(names)} here."
+        return judge(replace(evidence, notes=(note,)))
+    if num_starts:
+        density = Density(log_density, program.num_numbers(args, kwargs))
+        evidence = replace(evidence, search=search(density, points, weights.log_evidence, num_starts))
+    return judge(evidence)
 
 
-def judge(weights: WeightSummary) -> Diagnosis:
-    """Judge by the weights alone, as `diagnose` does."""
-    reasons, notes = [], []
-    if not weights.khat < weights.khat_threshold:
-        above = f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}"
-        if weights.ess_fraction > _FLAT_ESS and weights.max_weight < _FLAT_WEIGHT:
-            notes.append(
-                f"{above}, but the weights are flat (ESS {100 * weights.ess_fraction:.1f}%, the largest is "
-                f"{weights.max_weight:.1g} of all): their tail is long in shape and next to nothing in weight"
-            )
-        else:
-            reasons.append(
-                f"{above}: the guide misses part of the posterior's tails; "
-                'use a richer flow, base="student_t" or more particles, or fit longer'
-            )
-    if weights.ess < _MIN_ESS:
-        reasons.append(
-            f"only {weights.ess:.0f} effective draws of {weights.num_samples}: few draws carry nearly all the weight"
-        )
-    if weights.outside > 0:
-        reasons.append(f"{100 * weights.outside:.2g}% of the draws have density zero under the model")
-    return Diagnosis(**vars(weights), reliable=not reasons, reasons=tuple(reasons), notes=tuple(notes))
+def judge(evidence: Evidence) -> Diagnosis:
+    """Put the figures and the verdict on them together."""
+    decision = decide(evidence)
+    return Diagnosis(
+        **vars(evidence.weights),
+        **_figures(evidence),
+        verdict=decision.verdict,
+        reasons=tuple(" ".join(filter(None, (reason, decision.correction))) for reason in decision.reasons),
+        notes=decision.notes,
+    )
 
 
-def _with_obstacles(
-    diagnosis: Diagnosis, program: Program, num_samples: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Diagnosis:
-    """Say why draws have no density, where some have none."""
-    if not diagnosis.outside:
-        return diagnosis
-    return _with_reasons(diagnosis, [in_words(program.without_density(2 * num_samples, args, kwargs))])
-
-
-def _coordinate_names(particle: Particle) -> tuple[list[str], str]:
-    """Return a name for each coordinate, or none and the reason why there are no coordinates."""
+def find_names(particle: Particle) -> tuple[list[str], str]:
+    """Return a name for each coordinate, or none and a sentence on why there are no coordinates."""
     try:
         coordinates(particle.model)
         return coordinate_names(particle.model), ""
     except ValueError as error:
-        return [], f"neither means, gradients nor other starts were looked at: {error}"
+        return [], f"Means, sds and gradients were not looked at: {error}."
+
+
+def _figures(evidence: Evidence) -> dict[str, Any]:
+    """Return what was looked at besides the weights, as attributes of a `Diagnosis`."""
+    figures: dict[str, Any] = {}
+    if evidence.misfit is not None:
+        shift, log_ratio = evidence.misfit.shift, evidence.misfit.log_ratio
+        figures["mean_shift"] = float(shift[shift.abs().argmax()])
+        figures["sd_ratio"] = math.exp(float(log_ratio[log_ratio.abs().argmax()]))
+    if evidence.gradients is not None:
+        figures["stein_residual"], figures["stein_noise"] = evidence.gradients.residual
+    if evidence.search is not None:
+        region = evidence.search.left_out
+        figures["left_out"] = 0.0 if region is None else region.evidence
+        figures["num_starts"] = evidence.search.num_starts
+    return figures
 
 
 def _scores(
@@ -220,67 +230,12 @@ def _scores(
     return found["point"][finite], found["score"][finite]
 
 
-def _with_moments(
-    diagnosis: Diagnosis, shifts: Tensor, ratios: Tensor, kurtosis: Tensor, names: list[str], num_sets: int
-) -> Diagnosis:
-    ess = max(diagnosis.ess * num_sets, 1.0)
-    worst, widest = int(shifts.abs().argmax()), int(ratios.log().abs().argmax())
-    shift, ratio = float(shifts[worst]), float(ratios[widest])
-    # Monte Carlo errors of weighted means, in sds, and of the logarithms of weighted sds.
-    mean_error, sd_error = ess**-0.5, ((kurtosis - 1).clamp(min=0) / (4 * ess)).sqrt()
-    reasons = []
-    if abs(shift) > _MEAN + 3 * mean_error:
-        reasons.append(
-            f"by the weights the guide's mean of {names[worst]} is {abs(shift):.2f} posterior sd too "
-            f"{'low' if shift > 0 else 'high'}; fit longer or use a richer flow, or take corrected_posterior"
-        )
-    beyond = ratios.log().abs() - 3 * sd_error
-    if bool((beyond > _SD).any()):
-        sure = int(beyond.argmax())
-        reasons.append(
-            f"by the weights the guide's sd of {names[sure]} is {float(ratios[sure]):.2f} times the posterior's; "
-            "fit longer or use a richer flow, or take corrected_posterior"
-        )
-    return _with_reasons(dataclasses.replace(diagnosis, mean_shift=shift, sd_ratio=ratio), reasons)
-
-
-def _with_gradients(diagnosis: Diagnosis, residual: SteinResidual) -> Diagnosis:
-    reasons = []
-    if residual.size > _CENTRE + 3 * residual.noise:
-        reasons.append(
-            f"the gradients pull the guide's centre by {residual.size:.2f} sd: fit longer, or use a richer flow"
-        )
-    diagnosis = dataclasses.replace(diagnosis, stein_residual=residual.size, stein_noise=residual.noise)
-    return _with_reasons(diagnosis, reasons)
-
-
-def _with_starts(diagnosis: Diagnosis, density: Density, points: Tensor, num_starts: int) -> Diagnosis:
-    dim = points.shape[1]
-    if dim > _MAX_DIM and num_starts:
-        note = f"other starts were not looked at: {dim} coordinates are more than {_MAX_DIM}"
-        return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, note))
-    if not num_starts:
-        return diagnosis
-    modes = find_modes(density, starting_points(num_starts, points[0]))
-    found = [region for region in regions(density, modes, points, diagnosis.log_evidence) if region.left_out]
-    reasons = []
-    scattered = num_scattered(modes, points, diagnosis.log_evidence)
-    if scattered >= max(_MANY_MODES, num_starts / 2):
-        reasons.append(
-            f"{num_starts} other starts ended in {scattered} different modes where the guide has no draws: each has "
-            "little of the evidence, but there may be very many; the log evidence may be too low"
-        )
-    if found:
-        worst = max(found, key=lambda region: region.evidence)
-        reasons.append(
-            f"{num_starts} other starts found a region with {worst.evidence:.2g} times the evidence of all that the "
-            f"guide covers, where it has {100 * worst.draws:.2g}% of its draws: fit with num_starts and "
-            'base="mixture"; the log evidence is too low'
-        )
-    left_out = max([region.evidence for region in found], default=0.0)
-    return _with_reasons(dataclasses.replace(diagnosis, left_out=left_out, num_starts=num_starts), reasons)
-
-
-def _with_reasons(diagnosis: Diagnosis, reasons: list[str]) -> Diagnosis:
-    every = (*diagnosis.reasons, *reasons)
-    return dataclasses.replace(diagnosis, reasons=every, reliable=not every)
+def _gradients(points: Tensor, scores: Tensor, names: list[str]) -> Gradients:
+    """Summarise draws of the guide and the gradients there, `(n, dim)` each."""
+    sds = points.double().std(0).tolist()
+    flat = (scores == 0).all(0).tolist()
+    return Gradients(
+        residual=stein_residual(scores),
+        flat=tuple((name, sd) for name, sd, zero in zip(names, sds, flat, strict=True) if zero),
+        widest=max(zip(names, sds, strict=True), key=lambda pair: pair[1]),
+    )

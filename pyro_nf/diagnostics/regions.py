@@ -8,15 +8,35 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from pyro_nf.density import Density
-from pyro_nf.modes import Mode, distance
+from pyro_nf.modes import Mode, distance, find_modes, starting_points
 
 _NUM_DRAWS = 2000
 # Regions with less of the evidence than this do not count.
 _NEGLIGIBLE = 0.01
 # Modes with so much less evidence than all that the guide covers, in nats, do not matter, however many.
 _LEAST_EVIDENCE = 30.0
+# Two modes whose normals have evidences that differ by less than this, in nats, may be copies of one another.
+_SAME_EVIDENCE = 0.3
 # A guide has left a region out that holds so many times what it has there, Monte Carlo errors aside.
 _TIMES = 2.0
+
+
+class Search(NamedTuple):
+    """What climbs from elsewhere found.
+
+    Attributes:
+        num_starts: Climbs.
+        left_out: The region with the most evidence that the guide has too few draws in, if there is one.
+        copied: Whether another mode has the evidence of that region's, as copies of one mode by relabeling have.
+        num_modes: Modes that hold more than a negligible part of the evidence.
+        num_scattered: Modes of little evidence, each found by climbs of its own, where the guide has no draws.
+    """
+
+    num_starts: int
+    left_out: "Region | None"
+    copied: bool
+    num_modes: int
+    num_scattered: int
 
 
 class Region(NamedTuple):
@@ -41,23 +61,36 @@ class Region(NamedTuple):
         return least > _NEGLIGIBLE and least > _TIMES * most
 
 
-def regions(density: Density, modes: list[Mode], points: Tensor, log_evidence: float) -> list[Region]:
-    """Compare the evidence around modes with the guide's draws there.
+def search(density: Density, points: Tensor, log_evidence: float, num_starts: int) -> Search:
+    """Climb from elsewhere, and compare the evidence around the modes with the guide's draws there.
 
     Whatever the posterior's shape, both figures are of the same region, an ellipsoid about the mode, and both are
     plain Monte Carlo: of the density under draws from the normal there, and of the guide's draws.
 
     Args:
         density: The model's, over the coordinates.
-        modes: What climbs found.
         points: The guide's draws, `(n, dim)`.
         log_evidence: As the guide's weights estimate it.
+        num_starts: Climbs, at least one.
     """
+    modes = find_modes(density, starting_points(num_starts, points[0]))
     # Every mode: the normal at one that is bent has next to no ELBO, and maybe half of the evidence in its inner half.
-    return [_region(density, mode, points, log_evidence) for mode in modes]
+    found = [(_region(density, mode, points, log_evidence), mode) for mode in modes]
+    missed = max([pair for pair in found if pair[0].left_out], key=lambda pair: pair[0].evidence, default=None)
+    return Search(
+        num_starts=num_starts,
+        left_out=None if missed is None else missed[0],
+        copied=missed is not None and any(_as_much(missed[1], mode) for mode in modes),
+        num_modes=sum(mode.converged and region.evidence > _NEGLIGIBLE for region, mode in found),
+        num_scattered=_num_scattered(modes, points, log_evidence),
+    )
 
 
-def num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:
+def _as_much(mode: Mode, other: Mode) -> bool:
+    return other is not mode and other.converged and abs(other.elbo - mode.elbo) < _SAME_EVIDENCE
+
+
+def _num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:
     """Return how many modes lie where the guide has no draws and have little evidence, though not next to none.
 
     One of them may be left out. If nearly every climb finds another one, there are many more than climbs.

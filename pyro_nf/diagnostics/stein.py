@@ -40,6 +40,7 @@ def stein_residual(scores: Tensor) -> SteinResidual:
         kept = sizes > 1e-7 * sizes[0]
         whitened = (basis @ mean)[kept] / (sizes[kept] / num_draws**0.5)
     else:
-        whitened = mean / scores.std(0)
+        scatter = scores.std(0)
+        whitened = torch.where(scatter > 0, mean / scatter, 0.0)
     square = float(whitened.square().sum()) - len(whitened) / num_draws
     return SteinResidual(max(square, 0.0) ** 0.5, (len(whitened) / num_draws) ** 0.5)

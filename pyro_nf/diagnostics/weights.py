@@ -42,6 +42,9 @@ class WeightSummary:
         log_evidence: `log mean w` over all draws, an estimate of `log p(x)`, in nats.
         log_evidence_se: Its standard error: the root of the sum of squares of `sd(w) / (mean(w) sqrt(n))`, and of the
             largest weight's share over `1 - khat`, which is what a Pareto tail holds beyond the largest of n weights.
+        gap: `log_evidence - elbo` in nats: the divergence KL(q || p) from guide to posterior, as far as the guide's
+            draws show it; infinite where the model's density is zero at some of them.
+        gap_se: Its standard error, made as that of `log_evidence`: the two terms' errors cancel for the most part.
         max_weight: Largest normalised weight in a set, the median over the sets.
         num_samples: S.
         outside: Share of the draws with density zero under the model.
@@ -57,6 +60,8 @@ class WeightSummary:
     iwelbo_mcse: float
     log_evidence: float
     log_evidence_se: float
+    gap: float
+    gap_se: float
     max_weight: float
     num_samples: int
     outside: float
@@ -82,6 +87,7 @@ def summarise(log_weights: Floats) -> WeightSummary:
     khat = float(np.median([pareto_smooth(row)[1] for row in log_weights]))
     # Of n weights with a Pareto tail, what lies beyond the largest holds its share / (1 - k), on average.
     unseen = math.exp(log_weights.max() - log_mean) / total / (1 - min(max(khat, 0.0), _MAX_KHAT))
+    relative = np.exp(log_weights - log_mean)
     bounds = logsumexp(log_weights.flat[: total // _GROUP * _GROUP].reshape(-1, _GROUP), -1) - math.log(_GROUP)
     return WeightSummary(
         khat=khat,
@@ -93,7 +99,9 @@ def summarise(log_weights: Floats) -> WeightSummary:
         iwelbo=float(bounds.mean()),
         iwelbo_mcse=_mcse(bounds),
         log_evidence=log_mean,
-        log_evidence_se=math.hypot(_mcse(np.exp(log_weights - log_mean)), unseen),
+        log_evidence_se=math.hypot(_mcse(relative), unseen),
+        gap=log_mean - float(log_weights.mean()),
+        gap_se=math.hypot(_mcse(relative - log_weights), unseen),
         max_weight=float(np.median(np.exp(normalised.max(-1)))),
         num_samples=num_samples,
         outside=float(outside.mean()),

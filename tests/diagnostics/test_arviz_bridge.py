@@ -27,6 +27,12 @@ def model(y):
         pyro.sample("y", dist.Normal(theta + beta.sum(), 1.0), obs=y)
 
 
+def plain(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("unit", len(y)):
+        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
 @pytest.fixture(scope="module")
 def fitted():
     pyro.set_rng_seed(0)
@@ -55,11 +61,26 @@ def test_weights_and_their_diagnosis(data):
     assert set(stats.data_vars) == {"log_p", "log_q", "log_weight", "elbo_trace"}
     assert float(np.exp(stats["log_weight"]).sum()) == pytest.approx(1.0)
     assert stats.attrs["reliable"] == 1
+    assert stats.attrs["verdict"] == "right"
+    assert stats.attrs["draws"] == data["posterior"].attrs["draws"]
+    assert stats.attrs["draws"].startswith("the guide's own")
+    assert "No climbs from other starts were made" in stats.attrs["notes"]
     assert stats.attrs["khat"] < stats.attrs["khat_threshold"]
     expected = dist.Normal(torch.as_tensor(data["posterior"]["theta"].values[0]), 1.0)
     beta = torch.as_tensor(data["posterior"]["beta"].values[0]).sum(-1, keepdim=True)
     log_lik = dist.Normal(expected.loc + beta, 1.0).log_prob(Y)
     assert np.allclose(data["log_likelihood"]["y"].values[0], log_lik, atol=1e-4)
+
+
+def test_draws_that_need_their_weights_are_said_to():
+    def wide(y):
+        pyro.sample("mu", dist.Normal(0.6, 0.6))  # the posterior is N(0.6, 0.447)
+
+    attributes = to_arviz(plain, wide, Y, num_samples=2000, num_prior_samples=0)["sample_stats"].attrs
+    assert attributes["verdict"] == "right after correction"
+    assert attributes["reliable"] == 0
+    assert "its sd of mu is 3" in attributes["reasons"]
+    assert "% too large" in attributes["reasons"]
 
 
 def test_arviz_takes_it_there_and_back(data, tmp_path):
@@ -69,6 +90,7 @@ def test_arviz_takes_it_there_and_back(data, tmp_path):
     back = az.from_netcdf(str(tmp_path / "posterior.nc"))
     assert np.array_equal(back["posterior"]["mu"], data["posterior"]["mu"])
     assert back["sample_stats"].attrs["khat"] == data["sample_stats"].attrs["khat"]
+    assert back["sample_stats"].attrs["verdict"] == "right"
 
 
 def groups(data):
@@ -240,7 +262,9 @@ def test_modules_handlers_and_plates_named_as_data():
 
 
 def test_bad_input_gets_a_sentence():
-    with pytest.raises(ValueError, match="num_samples must be at least 100; got 5"):
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 100; got 5"):
         to_arviz(model, AutoFlow(model), Y, num_samples=5)
-    with pytest.raises(ValueError, match="num_prior_samples must not be negative; got -1"):
+    with pytest.raises(ValueError, match="num_prior_samples must be a whole number of at least 0; got -1"):
         to_arviz(model, AutoFlow(model), Y, num_prior_samples=-1)
+    with pytest.raises(ValueError, match=r"model must be a function .* got None"):
+        to_arviz(None, AutoFlow(model), Y)

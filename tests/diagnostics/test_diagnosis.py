@@ -1,4 +1,5 @@
 import math
+import re
 from functools import partial
 
 import pyro
@@ -11,6 +12,7 @@ from pyro_nf.diagnostics import compare, diagnose
 from pyro_nf.diagnostics.diagnosis import judge
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.stein import stein_residual
+from pyro_nf.diagnostics.verdict import Evidence
 from pyro_nf.diagnostics.weights import summarise
 from pyro_nf.guides import AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
@@ -53,15 +55,20 @@ def test_a_shift_is_named_and_measured():
     assert not found.reliable
     assert found.mean_shift == pytest.approx(-1.0, abs=0.1)
     assert found.stein_residual == pytest.approx(1.0, abs=0.1)
-    assert any("mean of z[1] is" in reason and "sd too high" in reason for reason in found.reasons)
-    assert any("gradients pull" in reason for reason in found.reasons)
+    assert found.verdict == "right after correction"
+    (reason,) = found.reasons
+    assert "its mean of z[1] is 1.0" in reason
+    assert "posterior sd too high" in reason
+    assert "the gradients pull its center by" in reason
+    assert "means by corrected_posterior are right to about 0.0" in reason
 
 
 def test_a_narrow_guide_is_named_and_measured():
     found = diagnose(normal, normal_guide(0.5))
     assert not found.reliable
     assert found.sd_ratio < 0.75
-    assert any("times the posterior's" in reason for reason in found.reasons)
+    assert found.verdict == "not right"
+    assert re.search(r"its sd of z\[\d\] is \d\d( \+- \d+)?% too small", found.reasons[0])
 
 
 def test_the_sd_of_a_heavy_tail_is_not_held_against_a_guide():
@@ -79,8 +86,10 @@ def test_a_missed_mode_is_found_by_climbs_alone():
     assert found.ess_fraction > 0.99
     assert not found.reliable
     assert found.left_out == pytest.approx(1 / 3 / 2, rel=0.15)  # the inner half of the other mode
-    assert any("region with" in reason for reason in found.reasons)
-    assert diagnose(two_modes, one_mode, num_starts=0).reliable
+    assert "region with" in found.reasons[0]
+    unsearched = diagnose(two_modes, one_mode, num_starts=0)
+    assert unsearched.reliable
+    assert "a mode in which the guide has no draws would not be noticed" in unsearched.notes[0]
     both = AutoFlow(two_modes, base=partial(MixtureBase, num_components=2))
     both.warm_start()
     assert diagnose(two_modes, both).reliable
@@ -101,17 +110,17 @@ def test_a_missed_mode_that_is_bent_is_found_too():
 def test_weights_that_are_flat_outvote_khat_and_it_is_said():
     generator = torch.Generator().manual_seed(0)
     log_weights = 1e-2 * torch.randn(1, 10_000, generator=generator).double()
-    log_weights[:, :5] = torch.tensor([1.0, 1.5, 2.0, 2.5, 3.0])  # few, of next to no weight, with a long tail
-    found = judge(summarise(log_weights.numpy()))
+    log_weights[:, :5] = torch.tensor([0.5, 1.0, 1.5, 2.0, 2.5])  # few, of next to no weight, with a long tail
+    found = judge(Evidence(weights=summarise(log_weights.numpy())))
     assert found.khat > found.khat_threshold
     assert found.reliable
     assert "the weights are flat" in found.notes[0]
     assert "the weights are flat" in str(found)
     log_weights[:, :5] += 4.0  # the same tail, of which one draw has a tenth of all weight
-    found = judge(summarise(log_weights.numpy()))
+    found = judge(Evidence(weights=summarise(log_weights.numpy())))
     assert found.khat > found.khat_threshold
-    assert not found.reliable
-    assert found.notes == ()
+    assert found.verdict == "not right"
+    assert not any("flat" in note for note in found.notes)
 
 
 def test_bounds_are_in_order():
@@ -142,13 +151,21 @@ def test_more_coordinates_than_climbs_take_are_noted():
 
     found = diagnose(model, model, num_samples=500)
     assert found.reliable
-    assert "501 coordinates are more than 500" in found.notes[0]
+    assert "up to 500 coordinates; there are 501 here" in found.notes[0]
     assert math.isnan(found.left_out)
 
 
 def test_bad_numbers_are_named():
-    with pytest.raises(ValueError, match="num_starts not negative; got 10000, 5 and -1"):
+    with pytest.raises(ValueError, match="num_starts must be a whole number of at least 0; got -1"):
         diagnose(normal, normal, num_starts=-1)
+    with pytest.raises(ValueError, match=r"num_samples must be a whole number of at least 100; got 1000\.5"):
+        diagnose(normal, normal, num_samples=1000.5)
+    with pytest.raises(ValueError, match="num_sets must be a whole number of at least 1; got True"):
+        diagnose(normal, normal, num_sets=True)
+    with pytest.raises(ValueError, match=r"model must be a function .* or a PyroModule; got None"):
+        diagnose(None, normal)
+    with pytest.raises(ValueError, match=r"guide must be a function .* or a PyroModule; got 42"):
+        diagnose(normal, 42)
 
 
 def test_moments_in_parts_are_those_of_the_whole(float64):
@@ -158,13 +175,28 @@ def test_moments_in_parts_are_those_of_the_whole(float64):
     moments = Moments()
     for part in torch.arange(1000).split(130):
         moments.add(log_weights[part], points[part])
-    shifts, ratios, kurtosis = moments.compare()
+    found = moments.compare()
     weights = log_weights.softmax(0)[:, None]
     mean = (weights * points).sum(0)
     sd = (weights * (points - mean) ** 2).sum(0).sqrt()
-    assert torch.allclose(shifts, (mean - points.mean(0)) / sd)
-    assert torch.allclose(ratios, points.std(0, correction=0) / sd)
-    assert torch.allclose(kurtosis, (weights * (points - mean) ** 4).sum(0) / sd**4)
+    assert torch.allclose(found.shift, (mean - points.mean(0)) / sd)
+    assert torch.allclose(found.log_ratio, (points.std(0, correction=0) / sd).log())
+    assert torch.allclose(found.kurtosis, (weights * (points - mean) ** 4).sum(0) / sd**4)
+
+
+def test_the_errors_of_moments_are_those_of_the_differences(float64):
+    torch.manual_seed(0)
+    found = []
+    for _ in range(300):
+        points = 0.3 + 1.2 * torch.randn(500, 1)
+        moments = Moments()
+        moments.add(-(points[:, 0] ** 2) / 2 + ((points[:, 0] - 0.3) / 1.2) ** 2 / 2, points)
+        found.append(moments.compare())
+    shift, shift_se, log_ratio, log_ratio_se = (torch.cat([each[i] for each in found]) for i in range(4))
+    assert float(shift.mean()) == pytest.approx(-0.3, abs=0.01)
+    assert float(log_ratio.mean()) == pytest.approx(math.log(1.2), abs=0.01)
+    assert float(shift_se.mean() / shift.std()) == pytest.approx(1.0, abs=0.2)
+    assert float(log_ratio_se.mean() / log_ratio.std()) == pytest.approx(1.0, abs=0.2)
 
 
 def test_the_stein_residual_is_the_mahalanobis_distance_whatever_the_coordinates(float64):
@@ -191,6 +223,7 @@ def test_fits_are_compared_in_one_table():
     assert table["gap"]["mean-field"] == pytest.approx(-0.5 * math.log(1 - 0.81), abs=0.1)
     assert table["gap"]["full-rank"] == pytest.approx(0.0, abs=0.02)
     assert table["reliable"].tolist() == [True, False]
+    assert table["verdict"]["full-rank"] == "right"
     with pytest.raises(ValueError, match="fits must hold at least one fit"):
         compare({})
 
@@ -218,5 +251,5 @@ def test_many_modes_that_are_each_negligible_are_not_left_unsaid(float64):
     guide()
     guide.flow.flows[-1].assign(torch.full((32,), 1.75), 0.2 * torch.eye(32))
     found = diagnose(wells, guide, num_samples=1000, num_sets=2)
-    assert not found.reliable
-    assert any("different modes where the guide has no draws" in reason for reason in found.reasons)
+    assert found.verdict == "not right"
+    assert "different modes where the guide has no draws" in found.reasons[0]
