@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
 from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.mixture import MixtureBase
+from pyro_nf.guides.paced import Paced
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
 from pyro_nf.supports import bijection
@@ -90,7 +91,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         super().__init__(model, init_loc_fn=_starting(init_loc_fn))
         # Unlike `self.model`, without initial values. In a tuple, or a module would become part of the guide.
         self._plain_model = (model,)
-        self._make_flow = partial(build_flow, flow)
+        self._make_flow = partial(_build_paced, flow)
         self._make_base = partial(make_base, base)
         self._init_scale = init_scale
         self._outdated = False
@@ -267,8 +268,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         finally:
             self._affine_alone = False
         affine.reframe()
-        yield "flow"
-        yield "flow, longer"
+        # Theirs are learning rates for parameters as they are, in coordinates in which these rates suit every posterior.
+        with inner.unpaced() if isinstance(inner, Paced) else nullcontext():
+            yield "flow"
+            yield "flow, longer"
 
     def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each site's name and its initial value on the real line."""
@@ -364,6 +367,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
 def _couplings(dim: int) -> Flow:
     """The default flow: on what a normal leaves over, a second hidden layer costs time and gains nothing."""
     return stacks.realnvp(dim, hidden_dims=(64,))
+
+
+def _build_paced(flow: FlowLike, dim: int) -> Flow:
+    """Build the flow; one that the user holds stays as it is, for its parameters are the user's."""
+    built = build_flow(flow, dim)
+    return built if isinstance(flow, Flow) else Paced(built)
 
 
 class _Shared(Transform):

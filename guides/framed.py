@@ -31,7 +31,7 @@ class Framed(Flow):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__((dim,))
-        self.affine = LowerTriangularAffine(dim, **options)
+        self.affine = LowerTriangularAffine(dim, unit=dim**-0.5, **options)
         like: Any = self.affine.params.loc
         self.register_buffer("origin", torch.zeros_like(like))
         self.register_buffer("frame", torch.eye(dim, dtype=like.dtype, device=like.device))
