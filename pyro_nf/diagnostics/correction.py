@@ -9,9 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics.diagnosis import judge
+from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
 
 Method = Literal["resample", "psis", "imh"]
@@ -43,6 +47,7 @@ class CorrectedPosterior:
         return f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
 
 
+@takes_model_arguments
 def corrected_posterior(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -51,6 +56,7 @@ def corrected_posterior(
     num_samples: int = 4000,
     num_proposals: int | None = None,
     proposal_df: float | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> CorrectedPosterior:
     r"""Correct a guide's draws by their importance weights `w = p(x, z) / q(z)`.
@@ -66,7 +72,7 @@ def corrected_posterior(
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
-        *args: The model's arguments: all the data, nothing subsampled.
+        *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         method: "resample", "psis" or "imh".
         num_samples: Draws to return.
         num_proposals: Draws of the guide; by default ten times `num_samples`, and `num_samples` for "psis", where the
@@ -74,12 +80,13 @@ def corrected_posterior(
         proposal_df: Propose from the guide with the normals that it is made of replaced by Student-t's of so many
             degrees of freedom (10, say): a guide with too light tails then has weights that are bounded, for a few
             percent of the effective draws. For guides that are a bijection of normals, one for each coordinate.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Raises:
         ValueError: If weights cannot help, because k-hat is not below its threshold or there are fewer than 100
-            effective draws; if an option is out of range, a plate is subsampled, or `proposal_df` is given for another
-            kind of guide.
+            effective draws; if an option is out of range or may be meant for the model, a plate is subsampled, the
+            guide does not match the model or has no density, or `proposal_df` is given for another kind of guide.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72); Tierney (1994), "Markov chains for
@@ -110,9 +117,13 @@ def corrected_posterior(
         )
     if method == "psis" and num_samples != num_proposals:
         raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
+    args, kwargs = unpacked(args, kwargs)
     program = Program(model, guide)
+    require_weights(program, args, kwargs)
     require_whole_data(program, args, kwargs)
-    sites, log_weights = _propose(program, num_proposals, proposal_df, args, kwargs)
+    shown = Progress("corrected_posterior", progress)
+    with shown.part("proposals", num_proposals) as advance:
+        sites, log_weights = _propose(program, num_proposals, proposal_df, args, kwargs, advance)
     summary = summarise(log_weights[None])
     judged = judge(replace(summary, outside=0.0))  # draws outside the support just have no weight
     if not judged.reliable:
@@ -138,7 +149,12 @@ def corrected_posterior(
 
 
 def _propose(
-    program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Program,
+    number: int,
+    df: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    advance: Callable[[int], object],
 ) -> tuple[dict[str, Tensor], Floats]:
     """Return draws, `{site: (number, *shape)}`, and their log weights, `(number,)`."""
     nodes = program.structure(args, kwargs).particle.model.nodes
@@ -154,6 +170,7 @@ def _propose(
             part = program.map(extract, draws, args, kwargs)
             part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
             parts.append(part)
+            advance(len(draws.noise))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     log_weights = found.pop("log_w").cpu().numpy()
     return {name.removeprefix("site "): value for name, value in found.items()}, log_weights

@@ -10,12 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.arguments import unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
 from pyro_nf.density import Density
 from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.regions import num_scattered, regions
 from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
+from pyro_nf.matching import require_weights
 from pyro_nf.modes import find_modes, starting_points
 from pyro_nf.tracing import Particle, Program
 
@@ -76,6 +80,7 @@ class Diagnosis(WeightSummary):
         )
 
 
+@takes_model_arguments
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -83,6 +88,7 @@ def diagnose(
     num_samples: int = 10_000,
     num_sets: int = 5,
     num_starts: int = 8,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
     """Judge a guide by fresh draws: their importance weights, the gradients there, and climbs from elsewhere.
@@ -104,14 +110,16 @@ def diagnose(
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
-        *args: The model's arguments: all the data, nothing subsampled.
+        *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         num_samples: Draws in a set.
         num_sets: Sets.
         num_starts: Climbs, for up to 500 coordinates; 0 for none.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If a plate is subsampled, or a number is too small.
+        ValueError: If a plate is subsampled, a number is too small or may be meant for the model, or the guide does not
+            match the model or has no density.
 
     References:
         Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work?", arXiv:1802.02538; Vehtari, Simpson, Gelman,
@@ -133,7 +141,10 @@ def diagnose(
             "num_samples must be at least 100, num_sets at least 1, and num_starts not negative; "
             f"got {num_samples}, {num_sets} and {num_starts}"
         )
+    args, kwargs = unpacked(args, kwargs)
+    shown = Progress("diagnose", progress)
     program = Program(model, guide)
+    require_weights(program, args, kwargs)
     require_whole_data(program, args, kwargs)
     names, obstacle = _coordinate_names(program.structure(args, kwargs).particle)
 
@@ -141,25 +152,26 @@ def diagnose(
         return log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
     moments, sets = Moments(), []
-    for _ in range(num_sets):
-        parts = []
-        for draws in program.chunks(num_samples, args, kwargs):
-            with torch.no_grad():
-                found = program.map(extract, draws, args, kwargs)
-            log_weights = found["log_p"].double() - found["log_q"].double()
-            parts.append(log_weights.cpu())
-            if names:
-                moments.add(log_weights, found["point"])
-        sets.append(torch.cat(parts).numpy())
+    with shown.part("weights of draws", num_sets * num_samples) as advance:
+        for _ in range(num_sets):
+            parts = []
+            for draws in counted(program.chunks(num_samples, args, kwargs), advance):
+                with torch.no_grad():
+                    found = program.map(extract, draws, args, kwargs)
+                log_weights = found["log_p"].double() - found["log_q"].double()
+                parts.append(log_weights.cpu())
+                if names:
+                    moments.add(log_weights, found["point"])
+            sets.append(torch.cat(parts).numpy())
     diagnosis = judge(summarise(np.stack(sets)))
     if not names:
         return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, obstacle))
     diagnosis = _with_moments(diagnosis, *moments.compare(), names, num_sets)
     log_density = model_log_density(model, args, kwargs)
-    points, scores = _scores(program, log_density, len(names), args, kwargs)
+    points, scores = _scores(program, log_density, len(names), args, kwargs, shown)
     diagnosis = _with_gradients(diagnosis, stein_residual(scores))
     density = Density(log_density, program.num_numbers(args, kwargs))
-    return _with_starts(diagnosis, density, points, num_starts)
+    return _with_starts(diagnosis, density, points, num_starts, shown)
 
 
 def judge(weights: WeightSummary) -> Diagnosis:
@@ -196,7 +208,12 @@ def _coordinate_names(particle: Particle) -> tuple[list[str], str]:
 
 
 def _scores(
-    program: Program, log_density: LogDensity, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Program,
+    log_density: LogDensity,
+    dim: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shown: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return draws with a finite gradient of the log density, `(n, dim)`, and the gradients there."""
 
@@ -205,7 +222,8 @@ def _scores(
         return {"point": point, "score": torch.func.grad(log_density)(point)}
 
     number = max(_NUM_SCORES, _PER_COORDINATE * dim if dim <= _MAX_DIM else 0)
-    found = program.map_in_chunks(extract, min(number, max(_MAX_NUMBERS // dim, 2)), args, kwargs)
+    number = min(number, max(_MAX_NUMBERS // dim, 2))
+    found = shown.map("gradients at draws", program, extract, number, args, kwargs)
     finite = found["score"].isfinite().all(-1) & found["point"].isfinite().all(-1)
     return found["point"][finite], found["score"][finite]
 
@@ -244,15 +262,17 @@ def _with_gradients(diagnosis: Diagnosis, residual: SteinResidual) -> Diagnosis:
     return _with_reasons(diagnosis, reasons)
 
 
-def _with_starts(diagnosis: Diagnosis, density: Density, points: Tensor, num_starts: int) -> Diagnosis:
+def _with_starts(diagnosis: Diagnosis, density: Density, points: Tensor, num_starts: int, shown: Progress) -> Diagnosis:
     dim = points.shape[1]
     if dim > _MAX_DIM and num_starts:
         note = f"other starts were not looked at: {dim} coordinates are more than {_MAX_DIM}"
         return dataclasses.replace(diagnosis, notes=(*diagnosis.notes, note))
     if not num_starts:
         return diagnosis
-    modes = find_modes(density, starting_points(num_starts, points[0]))
-    found = [region for region in regions(density, modes, points, diagnosis.log_evidence) if region.left_out]
+    with shown.part("other starts", num_starts) as advance:
+        modes = find_modes(density, starting_points(num_starts, points[0]), advance)
+    around = regions(density, shown.over("evidence around modes", modes, len(modes)), points, diagnosis.log_evidence)
+    found = [region for region in around if region.left_out]
     reasons = []
     scattered = num_scattered(modes, points, diagnosis.log_evidence)
     if scattered >= max(_MANY_MODES, num_starts / 2):

@@ -1,6 +1,7 @@
 """Regions of the posterior that a guide leaves out: climbs from elsewhere, beside where its draws are."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ class Region(NamedTuple):
         return least > _NEGLIGIBLE and least > _TIMES * most
 
 
-def regions(density: Density, modes: list[Mode], points: Tensor, log_evidence: float) -> list[Region]:
+def regions(density: Density, modes: Iterable[Mode], points: Tensor, log_evidence: float) -> list[Region]:
     """Compare the evidence around modes with the guide's draws there.
 
     Whatever the posterior's shape, both figures are of the same region, an ellipsoid about the mode, and both are

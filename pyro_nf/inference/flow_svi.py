@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_nf.arguments import Arguments, unpacked
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
@@ -22,6 +23,7 @@ from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
+from pyro_nf.matching import matched_structure, warn_of_mismatches
 from pyro_nf.objectives import ELBO, CoordinateELBO
 from pyro_nf.tracing import Particle, Program, log_prob_sum
 
@@ -39,7 +41,7 @@ _MAX_WORK, _MIN_STAGED_PARTICLES = 2**23, 64
 # fastest at first is too coarse near the end.
 _RATES, _TRIAL_STEPS, _CAUTION = (0.1, 0.03, 0.01, 0.003), 100, 1 / 3
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 Callback = Callable[[Evaluation], bool | None]
 
 
@@ -171,6 +173,7 @@ class FlowSVI:
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
         """
+        args, kwargs = unpacked(args, kwargs)
         return self._in_stages(args, kwargs) or self._run(itertools.repeat((args, kwargs)), fixed=True)
 
     def run_batches(self, batches: Iterable[Any]) -> FitResult:
@@ -178,7 +181,8 @@ class FlowSVI:
 
         Args:
             batches: What a `torch.utils.data.DataLoader` is: each iteration over it gives the minibatches of an epoch,
-                as tuples or lists of the model's arguments, dictionaries of keyword arguments, or one argument.
+                as tuples or lists of the model's arguments, dictionaries of keyword arguments, one argument, or
+                `Arguments`.
                 The model scales the likelihood to the whole data itself (`pyro.plate(name, size, len(batch))`). With
                 several processes each has batches of its own.
 
@@ -197,6 +201,7 @@ class FlowSVI:
         if self.checkpoint is None or not Ranks().from_first(self.checkpoint.exists):
             got = None if self.checkpoint is None else str(self.checkpoint)
             raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
+        args, kwargs = unpacked(args, kwargs)
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
 
     def _in_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult | None:
@@ -209,7 +214,7 @@ class FlowSVI:
         try:
             if self.seed is not None:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
-            structure = self.program.structure(args, kwargs)
+            structure = matched_structure(self.program, args, kwargs)
             trained = any(site["type"] == "param" for site in structure.particle.model.nodes.values())
             if structure.subsamples or trained:
                 return None
@@ -241,7 +246,7 @@ class FlowSVI:
 
     def _run(
         self,
-        data: Iterator[Arguments],
+        data: Iterator[Call],
         fixed: bool,
         resume: Path | None = None,
         make_execution: Callable[..., Execution] = Execution,
@@ -257,7 +262,7 @@ class FlowSVI:
 
     def _fit(
         self,
-        data: Iterator[Arguments],
+        data: Iterator[Call],
         fixed: bool,
         ranks: Ranks,
         resume: Path | None,
@@ -268,7 +273,7 @@ class FlowSVI:
         params = self._params(args, kwargs)
         starts = None
         if self.num_starts and resume is None:
-            starts = self.program.guide.warm_start(*args, num_starts=self.num_starts, **kwargs)  # type: ignore[attr-defined]
+            starts = self.program.guide.warm_start(Arguments(*args, **kwargs), num_starts=self.num_starts)  # type: ignore[attr-defined]
         ranks.part()
         shapes = ranks.gather([tuple(param.shape) for param in params])
         if any(other != shapes[0] for other in shapes):
@@ -384,7 +389,7 @@ class FlowSVI:
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""
-        self.program.structure(args, kwargs)
+        warn_of_mismatches(self.program, args, kwargs)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
             ELBO().estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
@@ -447,7 +452,7 @@ class FlowSVI:
         )
 
 
-def _arguments(batches: Iterable[Any]) -> Iterator[Arguments]:
+def _arguments(batches: Iterable[Any]) -> Iterator[Call]:
     """Go through the batches again and again, each as arguments of the model."""
     while True:
         empty = True
@@ -456,7 +461,7 @@ def _arguments(batches: Iterable[Any]) -> Iterator[Arguments]:
             if isinstance(batch, Mapping):
                 yield (), dict(batch)
             else:
-                yield (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+                yield unpacked(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
         if empty:
             raise ValueError(
                 "batches must give minibatches at each iteration over it; it gave none (a generator gives them once: "
