@@ -109,6 +109,12 @@ def _clashes(guide: Sites, model: Sites) -> Iterator[str]:
                 "such as a log-determinant: has_rsample=True, or False"
             )
     for name, site in model.items():
+        if name in guide and _is_plate(site) and _is_plate(guide[name]) and guide[name]["fn"].size != site["fn"].size:
+            # The model would take the guide's indices, and so a part of its own.
+            yield (
+                f"plate {name!r} has size {site['fn'].size} in the model and {guide[name]['fn'].size} in the guide: "
+                "plates of one name must have one size"
+            )
         if not is_latent(site) or name not in guide:
             continue
         other = guide[name]
@@ -160,7 +166,8 @@ def _mismatches(particle: Particle) -> list[Mismatch]:
         f"the guide samples {_names(extra)}, which the model does not: take it out of the guide, or mark it "
         "infer={'is_auxiliary': True} if latents are made of it": (extra, True),
         f"the guide samples {_names(data)}, which the model observes: take it out of the guide": (data, True),
-        f"the guide observes {_names(seen)}, and a guide has no data: take it out of the guide": (seen, True),
+        f"the guide observes {_names(seen)}, and a guide has no data: take it out of the guide, or hide it by "
+        f"poutine.block(guide, hide={seen})": (seen, True),
         f"the guide marks {_names(marked)} as auxiliary, which the model samples: leave the mark out": (marked, False),
         f"the guide has plate {_names(plates)}, which the model has not: give it the model's name": (plates, False),
     }
@@ -174,8 +181,11 @@ def _without_density(particle: Particle) -> Iterator[str]:
     sources = [
         name
         for name, site in guide.items()
-        if is_latent(site) and _is_auxiliary(site) and not _is_point(site["fn"]) and not _is_masked(site)
+        if is_latent(site) and name not in model and not _is_point(site["fn"]) and not _is_masked(site)
     ]
+    # Densities of others may make up for an auxiliary variable's, as a factor can, and the components of our mixtures.
+    made_up = any(isinstance(site.get("fn"), dist.Unit) for site in guide.values())
+    alone = [] if made_up else [name for name in sources if not guide[name]["infer"].get("_summed_out", False)]
     fixed = [name for name in images if not sources and _density_is_one(guide[name]["fn"])]
     if fixed:
         yield (
@@ -186,12 +196,12 @@ def _without_density(particle: Particle) -> Iterator[str]:
         sizes = [bijection(model[name]).inverse_shape(model[name]["value"].shape).numel() for name in images]
     except (NotImplementedError, ValueError):  # a support whose dimension is not known
         return
-    discrete = [name for name in sources if guide[name]["fn"].support.is_discrete]
-    drawn = sum(guide[name]["value"].numel() for name in sources if name not in discrete)
+    discrete = [name for name in alone if guide[name]["fn"].support.is_discrete]
+    drawn = sum(guide[name]["value"].numel() for name in alone if name not in discrete)
     if discrete or drawn > sum(sizes):
         yield (
-            f"the guide draws auxiliary variables, {_names(discrete or sources)}, beside the latents that the model "
-            "has, so that its density is of more than these: sum them out (a mixture as one distribution, "
+            f"the guide draws auxiliary variables, {_names(discrete or alone)}, beside the latents that the "
+            "model has, so that its density is of more than these: sum them out (a mixture as one distribution, "
             "dist.MixtureSameFamily), or make the latents functions of them, one to one"
         )
 
