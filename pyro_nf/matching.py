@@ -15,6 +15,11 @@ from pyro_nf.tracing import Particle, Program, Structure, is_data, is_determinis
 
 Sites = dict[str, Any]
 
+_POINT = (
+    "the guide has one value of {names} and no density, as a point estimate has (AutoDelta): take a guide that is a "
+    "distribution"
+)
+
 
 class Mismatch(NamedTuple):
     """Something in which a guide does not fit its model.
@@ -155,7 +160,7 @@ def _shape_clash(name: str, model: Any, guide: Any) -> Iterator[str]:
 
 def _mismatches(particle: Particle) -> list[Mismatch]:
     guide, model = particle.guide.nodes, particle.model.nodes
-    latent = {name for name, site in model.items() if is_latent(site)}
+    latent = [name for name, site in model.items() if is_latent(site)]
     own = [name for name, site in guide.items() if is_latent(site) and not _is_auxiliary(site) and name not in latent]
     data = [name for name in own if name in model and is_data(model[name])]
     seen = [name for name, site in guide.items() if is_data(site) and not _is_auxiliary(site)]
@@ -186,24 +191,23 @@ def _without_density(particle: Particle) -> Iterator[str]:
     # Densities of others may make up for an auxiliary variable's, as a factor can, and the components of our mixtures.
     made_up = any(isinstance(site.get("fn"), dist.Unit) for site in guide.values())
     alone = [] if made_up else [name for name in sources if not guide[name]["infer"].get("_summed_out", False)]
-    fixed = [name for name in images if not sources and _density_is_one(guide[name]["fn"])]
-    if fixed:
-        yield (
-            f"the guide has one value of {_names(fixed)} and no density, as a point estimate has (AutoDelta): take a "
-            "guide that is a distribution"
-        )
+    if not sources and any(_density_is_one(guide[name]["fn"]) for name in images):
+        yield _POINT.format(names=_names(images))
+        return
     try:
-        sizes = [bijection(model[name]).inverse_shape(model[name]["value"].shape).numel() for name in images]
+        size = sum(bijection(model[name]).inverse_shape(model[name]["value"].shape).numel() for name in images)
     except (NotImplementedError, ValueError):  # a support whose dimension is not known
         return
     discrete = [name for name in alone if guide[name]["fn"].support.is_discrete]
-    drawn = sum(guide[name]["value"].numel() for name in alone if name not in discrete)
-    if discrete or drawn > sum(sizes):
+    drawn = sum(guide[name]["value"].numel() for name in sources if not guide[name]["fn"].support.is_discrete)
+    if alone and (discrete or drawn > size):
         yield (
-            f"the guide draws auxiliary variables, {_names(discrete or alone)}, beside the latents that the "
-            "model has, so that its density is of more than these: sum them out (a mixture as one distribution, "
+            f"the guide draws auxiliary variables, {_names(discrete or alone)}, beside the latents that the model has, "
+            "so that its density is of more than these: sum them out (a mixture as one distribution, "
             "dist.MixtureSameFamily), or make the latents functions of them, one to one"
         )
+    elif sources and drawn < size:
+        yield _POINT.format(names=f"some of {_names(images)}")
 
 
 def _given_subsamples(structure: Structure) -> list[str]:
