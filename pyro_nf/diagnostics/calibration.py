@@ -199,17 +199,19 @@ def _until_interrupted(tasks: list[Any], num_workers: int, shown: Progress) -> l
 
 @contextmanager
 def _noted_interrupt() -> Iterator[list[bool]]:
-    """Yield a list that Ctrl-C puts something into, before it is raised."""
+    """Yield a list that Ctrl-C puts something into, before what it does else."""
     noted: list[bool] = []
-    if threading.current_thread() is not threading.main_thread():  # others get no signals
+    before = signal.getsignal(signal.SIGINT)
+    # Other threads get no signals, and a process in the background ignores this one.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield noted
         return
 
     def note(number: int, frame: Any) -> None:
         noted.append(True)
-        raise KeyboardInterrupt
+        before(number, frame)
 
-    before = signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield noted
     finally:
