@@ -15,6 +15,8 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import model_log_density
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
@@ -139,6 +141,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
         self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
 
+    @takes_model_arguments
     @torch.no_grad()
     def warm_start(self, *args: Any, num_starts: int = 8, **kwargs: Any) -> Starts:
         """Put the guide on the modes that L-BFGS finds, if its ELBO is higher there than where it is.
@@ -157,8 +160,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Raises:
             ValueError: If `num_starts` is not positive, or there are more than 1,000 coordinates.
         """
-        if num_starts < 1:
-            raise ValueError(f"num_starts must be at least 1; got {num_starts!r}")
+        num_starts = check_whole_number("num_starts", num_starts)
+        args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
         if self.latent_dim > _FULL_RANK_DIM:
             raise ValueError(
@@ -268,7 +271,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         finally:
             self._affine_alone = False
         affine.reframe()
-        # Theirs are learning rates for parameters as they are, in coordinates in which these rates suit every posterior.
+        # Their rates are for parameters as they are, in coordinates in which these rates suit every posterior.
         with inner.unpaced() if isinstance(inner, Paced) else nullcontext():
             yield "flow"
             yield "flow, longer"

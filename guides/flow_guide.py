@@ -16,6 +16,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
+from pyro_nf.arguments import Arguments, check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
 from pyro_nf.noise import running
@@ -199,18 +201,30 @@ class FlowGuide(AutoGuide):
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
         raise NotImplementedError
 
+    @takes_model_arguments
     @torch.no_grad()
     def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return the guide's own draws of every latent site, `{site: (num_samples, *shape)}`, in one batch.
 
         No weights correct them, as those of `corrected_posterior`: they are the posterior's where the verdict of
         `diagnose` is "right". `Predictive(model, draws)` takes them.
+
+        Args:
+            num_samples: Draws.
+            *args: The model's arguments, or all in one `Arguments`.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: If `num_samples` is not positive, or may be meant for the model.
         """
+        num_samples = check_whole_number("num_samples", num_samples)
+        args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
         latents = self.get_posterior(*args, **kwargs).sample((num_samples,))
         draws: dict[str, Tensor] = _map_draws(self._constrain, latents)
         return draws
 
+    @takes_model_arguments
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Return the guide's log density at values of every latent site, in the model's own space.
 
@@ -225,6 +239,7 @@ class FlowGuide(AutoGuide):
         Raises:
             ValueError: If a site is missing.
         """
+        args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         missing = [name for name, _ in sites if name not in latents]
@@ -248,6 +263,7 @@ class FlowGuide(AutoGuide):
         """Return the posterior median of every latent site's entries, `{site: shape}`: `quantiles` at 0.5."""
         return {name: values[0] for name, values in self.quantiles([0.5], *args, **kwargs).items()}
 
+    @takes_model_arguments
     def quantiles(self, quantiles: float | Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Return posterior quantiles of every latent site's entries, from 10,000 draws that are always the same.
 
@@ -265,11 +281,12 @@ class FlowGuide(AutoGuide):
         asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
         if asked.dim() > 1 or not bool(((asked >= 0) & (asked <= 1)).all()):
             raise ValueError(f"quantiles must be levels between 0 and 1, in one dimension; got {quantiles!r}")
+        args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
         devices = [param.device for param in self.parameters() if param.is_cuda][:1]
         with torch.random.fork_rng(devices):
             torch.manual_seed(0)
-            draws = self.sample_posterior(_QUANTILE_DRAWS, *args, **kwargs)
+            draws = self.sample_posterior(_QUANTILE_DRAWS, Arguments(*args, **kwargs))
         result = {}
         for name, value in draws.items():
             levels = asked.to(value)

@@ -66,7 +66,7 @@ class MixtureBase(nn.Module):
     def draw_from(self, prefix: str) -> "Mixture":
         """Sample a component, an auxiliary site, and return the distribution to draw from then."""
         which = dist.Categorical(logits=self.logits)
-        component = pyro.sample(f"{prefix}_component", which, infer={"is_auxiliary": True})
+        component = pyro.sample(f"{prefix}_component", which, infer={"is_auxiliary": True, "_summed_out": True})
         return Mixture(self.logits, list(self.components), component)
 
 

@@ -1,4 +1,4 @@
-"""Checks of what a user passes: each raises one sentence that names the argument, what came and what is accepted."""
+"""What a user passes: a model's arguments as one, and checks whose sentence says what came and what is accepted."""
 
 import collections.abc
 import difflib
@@ -21,6 +21,51 @@ from typing import (
 )
 
 from torch import Tensor
+
+
+class Arguments:
+    """All arguments of a model as one, for calls that have options of the same names.
+
+    Every function that takes a model's arguments takes them one by one, or all in one of these, and nothing of the
+    model's beside it: `diagnose(model, guide, Arguments(y, num_samples=3), num_samples=10_000)`.
+
+    Args:
+        *args: The model's arguments.
+        **kwargs: The model's keyword arguments.
+
+    Attributes:
+        args: The arguments, a tuple.
+        kwargs: The keyword arguments, a dictionary.
+
+    Example:
+        >>> from pyro_nf import Arguments
+        >>> Arguments([1.0, 2.0], num_samples=3)
+        Arguments([1.0, 2.0], num_samples=3)
+    """
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+
+    def __repr__(self) -> str:
+        shown = [repr(value) for value in self.args] + [f"{name}={value!r}" for name, value in self.kwargs.items()]
+        return f"Arguments({', '.join(shown)})"
+
+
+def unpacked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return a model's arguments and keyword arguments, whether they came one by one or as an `Arguments`.
+
+    Raises:
+        ValueError: If there is something beside an `Arguments`.
+    """
+    bundles = [value for value in args if isinstance(value, Arguments)]
+    if not bundles:
+        return args, kwargs
+    if len(args) > 1 or kwargs:
+        beside = [type(value).__name__ for value in args if value is not bundles[0]] + [f"{name}=" for name in kwargs]
+        raise ValueError(
+            f"Arguments must hold all of the model's arguments; got {', '.join(beside)} beside it: put them into it"
+        )
+    return bundles[0].args, bundles[0].kwargs
 
 
 def check_whole_number(name: str, value: Any, least: int | None = 1, most: int | None = None) -> int:

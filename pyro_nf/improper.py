@@ -57,8 +57,8 @@ class FlatDirections(NamedTuple):
             places.append(listed if len(main) == 1 else f"a combination of {listed}")
         where = "; ".join(places)
         return (
-            f"the posterior is improper along {where}: neither the prior nor the data say anything there (a latent "
-            "that a mask hides, or a flat prior without data); give it a proper prior, or leave it out"
+            f"The posterior is improper along {where}: neither the prior nor the data say anything there (a latent "
+            "that a mask hides, or a flat prior without data); give it a proper prior, or leave it out."
         )
 
 

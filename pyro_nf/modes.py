@@ -1,6 +1,7 @@
 """Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -98,10 +99,16 @@ def find_starts(density: Density, posterior: FlowDistribution, points: Tensor) -
     return Starts(tuple(kept), tuple(shares), before, len(points))
 
 
-def find_modes(density: Density, points: Tensor) -> list[Mode]:
-    """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first."""
+def find_modes(density: Density, points: Tensor, advance: Callable[[int], object] = lambda ended: None) -> list[Mode]:
+    """Climb from each point, `(num_runs, dim)`, and return the distinct modes, that of the highest ELBO first.
+
+    Args:
+        density: The model's.
+        points: Where to start.
+        advance: Called with the number of climbs that have ended since, at each evaluation too, with 0.
+    """
     found: list[Mode] = []
-    for loc in _climb(density, points):
+    for loc in _climb(density, points, advance):
         if _joins(found, loc):
             continue
         scale_tril = _scale_tril(density.hessian(loc).double())
@@ -139,8 +146,12 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
     return torch.stack([points, -points], 1).flatten(0, 1)[:num_points]
 
 
-def _climb(density: Density, points: Tensor) -> Tensor:
+def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -> Tensor:
     """Return where L-BFGS ends from each point, `(num_runs, dim)`; the runs take their gradients together."""
+
+    def evaluate(together: Tensor) -> tuple[Tensor, Tensor]:
+        advance(0)
+        return density.gradients(together)
 
     def climb(number: int, gradients: Ask) -> Tensor:
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -151,10 +162,13 @@ def _climb(density: Density, points: Tensor) -> Tensor:
 
         start = points[number].double().cpu().numpy()
         options = {"maxiter": _MAX_ITERATIONS}
-        result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+        try:
+            result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+        finally:
+            advance(1)
         return torch.as_tensor(result.x).to(points)
 
-    return torch.stack(Together(density.gradients).run(climb, len(points)))
+    return torch.stack(Together(evaluate).run(climb, len(points)))
 
 
 def _scale_tril(hessian: Tensor) -> Tensor | None:

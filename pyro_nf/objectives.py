@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_nf.arguments import AtLeast, Count, Size, checked
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution
+from pyro_nf.matching import warn_of_mismatches
 from pyro_nf.noise import GivenNoise
 from pyro_nf.tracing import (
     Draws,
@@ -133,6 +134,7 @@ class ELBO(pyro.infer.ELBO):
         """Return minus the objective, with the estimator's gradient."""
         if self._program is None or (self._program.model, self._program.guide) != (model, guide):
             self._program = Program(model, guide)
+            warn_of_mismatches(self._program, args, kwargs)
         draws = self._program.draw(self.num_particles, args, kwargs)
         self.start_block(self._step, 0.0, draws.noise)
         value, surrogate = self.estimate(self._program, draws, args, kwargs)

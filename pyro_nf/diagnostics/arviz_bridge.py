@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 from pyro_nf import __version__
-from pyro_nf.arguments import check_whole_number
+from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics import simulation
 from pyro_nf.diagnostics.arviz_versions import inference_data
 from pyro_nf.diagnostics.diagnosis import Diagnosis, find_names, judge
 from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class Fitted(Protocol):
         """The ELBO estimate of each step, `(steps,)`."""
 
 
+@takes_model_arguments
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -54,6 +58,7 @@ def to_arviz(
     num_samples: int = 4000,
     num_prior_samples: int = 1000,
     result: Fitted | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Any:
     """Draw from a fitted guide and return ArviZ's data structure.
@@ -83,10 +88,11 @@ def to_arviz(
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
-        *args: The model's arguments: all the data, nothing subsampled.
+        *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         num_samples: Draws of the guide, and of data given them.
         num_prior_samples: Draws of the model itself; 0 leaves the prior groups out.
         result: What `FlowSVI.run` returned.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Returns:
@@ -94,8 +100,8 @@ def to_arviz(
 
     Raises:
         ValueError: If a plate is subsampled, `num_samples` is no whole number of at least 100 or `num_prior_samples`
-            none of at least 0, model or guide is not callable, a parameter of the model bears the name of an option,
-            or a site that of an ArviZ dimension.
+            none of at least 0, model or guide is not callable, an option may be meant for the model, the guide does not
+            match the model or has no density, or a site has the name of an ArviZ dimension.
 
     Example:
         >>> import pyro
@@ -115,8 +121,10 @@ def to_arviz(
     """
     num_samples = check_whole_number("num_samples", num_samples, least=100)
     num_prior_samples = check_whole_number("num_prior_samples", num_prior_samples, least=0)
+    args, kwargs = unpacked(args, kwargs)
+    shown = Progress("to_arviz", progress)
     plain = Program(model, guide)
-    simulation.check_options("to_arviz", ("num_samples", "num_prior_samples", "result"), model, args)
+    require_weights(plain, args, kwargs)
     require_whole_data(plain, args, kwargs)
     particle = plain.structure(args, kwargs).particle
     sites, (names, obstacle) = _Sites(particle.model.nodes), find_names(particle)
@@ -127,13 +135,14 @@ def to_arviz(
 
     predictive = Program(model, simulation.predictive(model, guide))
     if _can_draw(predictive, args, kwargs, "posterior_predictive"):
-        draws = predictive.map_in_chunks(partial(extract, predicted=True), num_samples, args, kwargs)
+        predicted = partial(extract, predicted=True)
+        draws = shown.map("draws and predictions", predictive, predicted, num_samples, args, kwargs)
     else:
-        draws = plain.map_in_chunks(extract, num_samples, args, kwargs)
+        draws = shown.map("draws", plain, extract, num_samples, args, kwargs)
     points = draws.pop("coordinates", None)
     prior = Program(model, simulation.prior(model))
     if num_prior_samples and _can_draw(prior, args, kwargs, "prior"):
-        draws |= prior.map_in_chunks(sites.prior, num_prior_samples, args, kwargs)
+        draws |= shown.map("draws of the prior", prior, sites.prior, num_prior_samples, args, kwargs)
     groups = sites.variables(draws)
     groups["observed_data"] = sites.observed_data()
     groups["constant_data"] = sites.constant_data(simulation.named_arguments(model, args, kwargs))
@@ -225,7 +234,7 @@ def _can_draw(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], g
     try:
         program.structure(args, kwargs)
     except NotImplementedError as error:
-        warnings.warn(f"{group} is left out, for the model cannot draw it: {error!r}", stacklevel=3)
+        warnings.warn(f"{group} is left out, for the model cannot draw it: {error!r}", stacklevel=4)
         return False
     return True
 

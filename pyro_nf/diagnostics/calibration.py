@@ -1,7 +1,10 @@
 """Simulation-based calibration: does a way of fitting recover what a model itself has drawn?"""
 
+import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +18,12 @@ from pyro.util import get_rng_state, set_rng_state
 from scipy import stats
 from torch import Tensor
 
-from pyro_nf.diagnostics.simulation import Unconditioned, check_options, drawn_data, is_factor, prior
+from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
+from pyro_nf.diagnostics.progress import Progress
+from pyro_nf.diagnostics.simulation import Unconditioned, drawn_data, is_factor, prior
 from pyro_nf.diagnostics.weights import Floats, require_whole_data
+from pyro_nf.matching import require_match
 from pyro_nf.tracing import Particle, Program, is_data, is_latent
 
 Ints = npt.NDArray[np.int64]
@@ -28,6 +35,10 @@ _LEVELS = np.arange(1, 20) / 20
 _ALPHA = 0.01
 # Reasons that `print` shows.
 _MAX_REASONS = 5
+# Seeds that a generator of torch takes.
+_MAX_SEED = 2**64 - 1
+# Fewer simulations can show nothing.
+_MIN_SIMULATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@takes_model_arguments
 def calibrate(
     model: Callable[..., Any],
     fit: Callable[[Callable[[], Any]], Callable[..., Any]],
@@ -91,6 +103,7 @@ def calibrate(
     num_samples: int = 1000,
     num_workers: int = 1,
     seed: int | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Calibration:
     """Fit to data that the model has drawn, many times, and rank the latents behind them among the guide's draws.
@@ -99,25 +112,32 @@ def calibrate(
     ranks are uniform. A posterior too narrow has too many ranks at both ends, one that is biased at one end. k-hat
     judges the fit to the data at hand; this judges the way of fitting, over all data that the model thinks possible.
 
+    Ctrl-C ends it: the simulations done by then are judged, with a warning, if there are 20 or more; else it is raised.
+
     Args:
         model: The Pyro model, with proper priors, observed sites, and no `pyro.factor`.
         fit: Takes a model without arguments, conditioned on simulated data, and returns a fitted guide for it. It makes
             its guide anew on each call.
-        *args: The model's arguments, whose data only give the shapes.
+        *args: The model's arguments, whose data only give the shapes; or all in one `Arguments`.
         num_simulations: Simulations, at least 20.
         num_samples: Draws of the guide in each, at least 100.
         num_workers: Processes that share the simulations, each on one thread. What `fit` and the model refer to is sent
             to them by cloudpickle: they may come from a notebook.
         seed: Makes the result reproducible, with any number of workers, and leaves the global random state as it was.
             `None` draws from the global state.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Returns:
         Ranks, tests and a verdict to `print`. A simulation that fails is counted there and named.
 
     Raises:
-        ValueError: If a number is too small, a plate is subsampled, the model cannot be simulated, a parameter of it
-            bears the name of an option, or `fit` fails in all simulations.
+        ValueError: If a number is too small, a plate is subsampled, the model cannot be simulated, an option may be
+            meant for the model, or `fit` fails in all simulations.
+        KeyboardInterrupt: If Ctrl-C comes before 20 simulations are done.
+
+    Warns:
+        UserWarning: If Ctrl-C ends it.
 
     References:
         Talts, Betancourt, Simpson, Vehtari, Gelman (2018), "Validating Bayesian inference algorithms with
@@ -140,25 +160,62 @@ def calibrate(
         90% intervals hold the truth in ... of the simulations, over 1 latents
         calibrated: ranks are uniform and not off to a side, as far as so many simulations show
     """
-    for name, value, least in (
-        ("num_simulations", num_simulations, 20),
-        ("num_samples", num_samples, 100),
-        ("num_workers", num_workers, 1),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}; got {value!r}")
-    check_options("calibrate", ("num_simulations", "num_samples", "num_workers", "seed"), model, args)
+    num_simulations = check_whole_number("num_simulations", num_simulations, _MIN_SIMULATIONS)
+    num_samples = check_whole_number("num_samples", num_samples, 100)
+    num_workers = check_whole_number("num_workers", num_workers)
+    seed = None if seed is None else check_whole_number("seed", seed, 0, _MAX_SEED)
+    shown = Progress("calibrate", progress)
+    args, kwargs = unpacked(args, kwargs)
     _check_simulable(model, args, kwargs)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**31, (num_simulations,), generator=generator).tolist()
-    outcomes = joblib.Parallel(n_jobs=num_workers, backend="loky")(
-        joblib.delayed(_simulate)(model, fit, args, kwargs, num_samples, each) for each in seeds
-    )
+    tasks = [joblib.delayed(_simulate)(model, fit, args, kwargs, num_samples, each) for each in seeds]
+    outcomes = _until_interrupted(tasks, num_workers, shown)
     failures = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, str)}
     succeeded = [outcome for outcome in outcomes if not isinstance(outcome, str)]
     if not succeeded:
-        raise ValueError(f"fit failed in all {num_simulations} simulations, in the first by {failures[0]}")
+        raise ValueError(f"fit failed in all {len(outcomes)} simulations, in the first by {failures[0]}")
     return _judge({name: np.stack([each[name] for each in succeeded]) for name in succeeded[0]}, num_samples, failures)
+
+
+def _until_interrupted(tasks: list[Any], num_workers: int, shown: Progress) -> list[Ranks | str]:
+    """Return the simulations' outcomes, in their order: of all, or of those done before Ctrl-C if they suffice."""
+    outcomes: list[Ranks | str] = []
+    running = joblib.Parallel(n_jobs=num_workers, backend="loky", return_as="generator")(tasks)
+    with closing(running), _noted_interrupt() as interrupts:
+        try:
+            for outcome in shown.over("simulations", running, len(tasks)):
+                if interrupts:  # which `fit` has taken for its own, as FlowSVI does: this one is not fitted to its end
+                    break
+                outcomes.append(outcome)
+        except KeyboardInterrupt:
+            interrupts.append(True)
+    if interrupts:
+        if len(outcomes) < _MIN_SIMULATIONS:
+            raise KeyboardInterrupt
+        warnings.warn(f"interrupted: {len(outcomes)} of {len(tasks)} simulations are judged", stacklevel=4)
+    return outcomes
+
+
+@contextmanager
+def _noted_interrupt() -> Iterator[list[bool]]:
+    """Yield a list that Ctrl-C puts something into, before what it does else."""
+    noted: list[bool] = []
+    before = signal.getsignal(signal.SIGINT)
+    # Other threads get no signals, and a process in the background ignores this one.
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield noted
+        return
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(True)
+        before(number, frame)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check_simulable(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -229,7 +286,9 @@ def _ranks(
     guide = fit(simulated)
     if not callable(guide):
         raise ValueError(f"fit must return a guide; got a {type(guide).__name__}")
-    draws = Program(simulated, guide).map_in_chunks(latents, num_samples, (), {})
+    program = Program(simulated, guide)
+    require_match(program, (), {})
+    draws = program.map_in_chunks(latents, num_samples, (), {})
     return {name: _rank(name, value, draws[name]) for name, value in truth.items()}
 
 

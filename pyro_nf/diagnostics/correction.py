@@ -9,12 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import check_choice, check_number, check_whole_number
+from pyro_nf.arguments import check_choice, check_number, check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics.diagnosis import find_names
 from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
 
 Method = Literal["resample", "psis", "imh"]
@@ -59,6 +62,7 @@ class CorrectedPosterior:
         return " ".join((f"{figures}.", error, *(f"Note: {note}" for note in self.notes)))
 
 
+@takes_model_arguments
 def corrected_posterior(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -67,6 +71,7 @@ def corrected_posterior(
     num_samples: int = 4000,
     num_proposals: int | None = None,
     proposal_df: float | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> CorrectedPosterior:
     r"""Correct a guide's draws by their importance weights `w = p(x, z) / q(z)`.
@@ -86,7 +91,7 @@ def corrected_posterior(
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
-        *args: The model's arguments: all the data, nothing subsampled.
+        *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         method: "resample", "psis" or "imh".
         num_samples: Draws to return.
         num_proposals: Draws of the guide, at least 100; by default ten times `num_samples` and at least 1000, and
@@ -94,12 +99,14 @@ def corrected_posterior(
         proposal_df: Propose from the guide with the normals that it is made of replaced by Student-t's of so many
             degrees of freedom (10, say): a guide with too light tails then has weights that are bounded, for a few
             percent of the effective draws. For guides that are a bijection of normals, one for each coordinate.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Raises:
         ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not flat) or
-            there are fewer than 100 effective draws; if an option is out of range, a plate is subsampled, or
-            `proposal_df` is given for another kind of guide.
+            there are fewer than 100 effective draws; if an option is out of range or may be meant for the model, a
+            plate is subsampled, the guide does not match the model or has no density, or `proposal_df` is given for
+            another kind of guide.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72); Tierney (1994), "Markov chains for
@@ -126,9 +133,13 @@ def corrected_posterior(
     num_proposals = check_whole_number("num_proposals", num_proposals, least=max(num_samples, _LEAST))
     if method == "psis" and num_samples != num_proposals:
         raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
+    args, kwargs = unpacked(args, kwargs)
     program = Program(model, guide)
+    require_weights(program, args, kwargs)
     require_whole_data(program, args, kwargs)
-    proposals = _propose(program, num_proposals, proposal_df, args, kwargs)
+    shown = Progress("corrected_posterior", progress)
+    with shown.part("proposals", num_proposals) as advance:
+        proposals = _propose(program, num_proposals, proposal_df, args, kwargs, advance)
     log_weights, summary = proposals.log_weights, proposals.evidence.weights
     decision = decide(proposals.evidence)
     if decision.verdict is Verdict.NOT_RIGHT:
@@ -170,7 +181,12 @@ class _Proposals(NamedTuple):
 
 
 def _propose(
-    program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Program,
+    number: int,
+    df: float | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    advance: Callable[[int], object],
 ) -> _Proposals:
     particle = program.structure(args, kwargs).particle
     names, obstacle = find_names(particle)
@@ -195,6 +211,7 @@ def _propose(
             if names:
                 moments.add(part["log_w"], part.pop("point"))
             parts.append(part)
+            advance(len(draws.noise))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     log_weights = found["log_w"].cpu().numpy()
     weights = summarise(log_weights[None])

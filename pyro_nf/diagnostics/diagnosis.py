@@ -9,14 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import check_whole_number
+from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
 from pyro_nf.density import Density
 from pyro_nf.diagnostics.moments import Moments
+from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.regions import search
 from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
+from pyro_nf.improper import FlatDirections, flat_directions
+from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Particle, Program, in_words
 
 # Climbs need the whole Hessian.
@@ -82,6 +86,7 @@ class Diagnosis(WeightSummary):
         )
 
 
+@takes_model_arguments
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -89,6 +94,7 @@ def diagnose(
     num_samples: int = 10_000,
     num_sets: int = 5,
     num_starts: int = 8,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
     """Judge a guide by fresh draws: their importance weights, the gradients there, and climbs from elsewhere.
@@ -113,14 +119,16 @@ def diagnose(
     Args:
         model: The Pyro model.
         guide: Its fitted guide: ours, Pyro's or hand-written.
-        *args: The model's arguments: all the data, nothing subsampled.
+        *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         num_samples: Draws in a set.
         num_sets: Sets.
         num_starts: Climbs, for up to 500 coordinates; 0 for none.
+        progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If a plate is subsampled, or a number is no whole number or too small.
+        ValueError: If a plate is subsampled, a number is no whole number, too small or may be meant for the model, or
+            the guide does not match the model or has no density.
 
     References:
         Yao, Vehtari, Simpson, Gelman (2018), "Yes, but did it work?", arXiv:1802.02538; Vehtari, Simpson, Gelman,
@@ -140,31 +148,44 @@ def diagnose(
     num_samples = check_whole_number("num_samples", num_samples, least=100)
     num_sets = check_whole_number("num_sets", num_sets)
     num_starts = check_whole_number("num_starts", num_starts, least=0)
+    args, kwargs = unpacked(args, kwargs)
+    shown = Progress("diagnose", progress)
     program = Program(model, guide)
+    require_weights(program, args, kwargs)
     require_whole_data(program, args, kwargs)
     names, obstacle = find_names(program.structure(args, kwargs).particle)
 
     def extract(particle: Particle) -> dict[str, Tensor]:
         return log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
+    density = Density(model_log_density(model, args, kwargs), program.num_numbers(args, kwargs))
+    improper = _improper(program, density, len(names), args, kwargs) if names else None
     moments, sets = Moments(), []
-    for _ in range(num_sets):
-        parts = []
-        for draws in program.chunks(num_samples, args, kwargs):
-            with torch.no_grad():
-                found = program.map(extract, draws, args, kwargs)
-            log_weights = found["log_p"].double() - found["log_q"].double()
-            parts.append(log_weights.cpu())
-            if names:
-                moments.add(log_weights, found["point"])
-        sets.append(torch.cat(parts).numpy())
+    with shown.part("weights of draws", num_sets * num_samples) as advance:
+        for _ in range(num_sets):
+            parts = []
+            for draws in counted(program.chunks(num_samples, args, kwargs), advance):
+                with torch.no_grad():
+                    found = program.map(extract, draws, args, kwargs)
+                log_weights = found["log_p"].double() - found["log_q"].double()
+                if improper:
+                    log_weights = log_weights + improper.reference(found["point"]).double()
+                parts.append(log_weights.cpu())
+                if names:
+                    moments.add(log_weights, found["point"])
+            sets.append(torch.cat(parts).numpy())
     weights = summarise(np.stack(sets))
-    without_density = in_words(program.without_density(2 * num_samples, args, kwargs)) if weights.outside else ""
+    evidence = Evidence(
+        weights=weights,
+        improper=improper.describe(names) if improper else "",
+        without_density=in_words(program.without_density(2 * num_samples, args, kwargs)) if weights.outside else "",
+    )
     if not names:
-        return judge(Evidence(weights=weights, notes=(obstacle,)))
-    log_density = model_log_density(model, args, kwargs)
-    points, scores = _scores(program, log_density, len(names), args, kwargs)
-    evidence = Evidence(weights=weights, names=names, misfit=moments.compare())
+        return judge(replace(evidence, notes=(obstacle,)))
+    if improper:
+        density = Density(improper.made_proper(density.log_density), program.num_numbers(args, kwargs))
+    points, scores = _scores(program, density.log_density, len(names), args, kwargs, shown)
+    evidence = replace(evidence, names=names, misfit=moments.compare())
     if len(points) < 2:
         return judge(replace(evidence, notes=("No draw has a finite gradient of the log density.",)))
     evidence = replace(evidence, gradients=_gradients(points, scores, names))
@@ -172,9 +193,23 @@ def diagnose(
         note = f"Climbs are made in up to {_MAX_DIM} coordinates; there are {len(names)} here."
         return judge(replace(evidence, notes=(note,)))
     if num_starts:
-        density = Density(log_density, program.num_numbers(args, kwargs))
-        evidence = replace(evidence, search=search(density, points, weights.log_evidence, num_starts))
+        evidence = replace(evidence, search=search(density, points, weights.log_evidence, num_starts, shown))
     return judge(evidence)
+
+
+def _improper(
+    program: Program, density: Density, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FlatDirections | None:
+    """Find the directions along which the posterior is improper, in so many coordinates as climbs are made in."""
+    if dim > _MAX_DIM:
+        return None
+
+    def extract(particle: Particle) -> dict[str, Tensor]:
+        return {"point": coordinates(particle.model)}
+
+    with torch.random.fork_rng():
+        points = program.map_in_chunks(extract, 2 * dim + 10, args, kwargs)["point"]
+    return flat_directions(density.gradients, points)
 
 
 def judge(evidence: Evidence) -> Diagnosis:
@@ -215,7 +250,12 @@ def _figures(evidence: Evidence) -> dict[str, Any]:
 
 
 def _scores(
-    program: Program, log_density: LogDensity, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    program: Program,
+    log_density: LogDensity,
+    dim: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    shown: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return draws with a finite gradient of the log density, `(n, dim)`, and the gradients there."""
 
@@ -225,7 +265,8 @@ def _scores(
         return {"point": point, "score": score + 0.0 * value}  # none where there is no density
 
     number = max(_NUM_SCORES, _PER_COORDINATE * dim if dim <= _MAX_DIM else 0)
-    found = program.map_in_chunks(extract, min(number, max(_MAX_NUMBERS // dim, 2)), args, kwargs)
+    number = min(number, max(_MAX_NUMBERS // dim, 2))
+    found = shown.map("gradients at draws", program, extract, number, args, kwargs)
     finite = found["score"].isfinite().all(-1) & found["point"].isfinite().all(-1)
     return found["point"][finite], found["score"][finite]
 
@@ -233,9 +274,7 @@ def _scores(
 def _gradients(points: Tensor, scores: Tensor, names: list[str]) -> Gradients:
     """Summarise draws of the guide and the gradients there, `(n, dim)` each."""
     sds = points.double().std(0).tolist()
-    flat = (scores == 0).all(0).tolist()
     return Gradients(
         residual=stein_residual(scores),
-        flat=tuple((name, sd) for name, sd, zero in zip(names, sds, flat, strict=True) if zero),
         widest=max(zip(names, sds, strict=True), key=lambda pair: pair[1]),
     )

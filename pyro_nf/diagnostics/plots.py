@@ -9,6 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from pyro_nf.arguments import check_whole_number
 from pyro_nf.diagnostics.calibration import Calibration, entry_label
 from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
 from pyro_nf.flows import Flow, Sequential
@@ -92,7 +93,7 @@ def plot_weights(data: Any) -> "Axes":
         The axes.
 
     Raises:
-        ValueError: If weights are NaN or infinite.
+        ValueError: If there are none, or weights are NaN or infinite.
 
     Example:
         >>> import matplotlib
@@ -105,6 +106,8 @@ def plot_weights(data: Any) -> "Axes":
     from matplotlib import pyplot as plt
 
     log_weights = _log_weights(data)
+    if not len(log_weights):
+        raise ValueError("data must hold at least one draw; got none")
     found, order = summarise(log_weights[None]), np.argsort(-log_weights)
     smoothed, khat = pareto_smooth(log_weights)
     # Smoothing moves the tail alone, and normalises: what it did to the median is its constant.
@@ -210,7 +213,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
         The axes, `(num_panels,)`.
 
     Raises:
-        ValueError: If the guide has another dimension.
+        ValueError: If the guide has another dimension, or `num_samples` is not positive.
 
     Example:
         >>> import matplotlib
@@ -229,6 +232,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
     """
     from matplotlib import pyplot as plt
 
+    num_samples = check_whole_number("num_samples", num_samples)
     base = guide.get_base_dist()
     if tuple(base.event_shape) != (2,):
         raise ValueError(f"guide must be over two coordinates; got one over {tuple(base.event_shape)}")
@@ -334,6 +338,8 @@ def _columns(legend: str, draws: Any, var_names: Sequence[str] | None) -> dict[s
         found = {label: values for label, (name, values) in entries.items() if asked in (label, name)}
         if not found:
             raise ValueError(f"var_names must be sites or entries of {legend!r}, {', '.join(draws)}; got {asked!r}")
+        if not all(len(values) for values in found.values()):
+            raise ValueError(f"draws must hold at least one draw; {legend!r} has none of {asked!r}")
         result |= found
     return result
 

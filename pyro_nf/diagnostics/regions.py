@@ -8,6 +8,7 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from pyro_nf.density import Density
+from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.modes import Mode, distance, find_modes, starting_points
 
 _NUM_DRAWS = 2000
@@ -61,7 +62,7 @@ class Region(NamedTuple):
         return least > _NEGLIGIBLE and least > _TIMES * most
 
 
-def search(density: Density, points: Tensor, log_evidence: float, num_starts: int) -> Search:
+def search(density: Density, points: Tensor, log_evidence: float, num_starts: int, shown: Progress) -> Search:
     """Climb from elsewhere, and compare the evidence around the modes with the guide's draws there.
 
     Whatever the posterior's shape, both figures are of the same region, an ellipsoid about the mode, and both are
@@ -72,10 +73,15 @@ def search(density: Density, points: Tensor, log_evidence: float, num_starts: in
         points: The guide's draws, `(n, dim)`.
         log_evidence: As the guide's weights estimate it.
         num_starts: Climbs, at least one.
+        shown: Where they are shown.
     """
-    modes = find_modes(density, starting_points(num_starts, points[0]))
+    with shown.part("other starts", num_starts) as advance:
+        modes = find_modes(density, starting_points(num_starts, points[0]), advance)
     # Every mode: the normal at one that is bent has next to no ELBO, and maybe half of the evidence in its inner half.
-    found = [(_region(density, mode, points, log_evidence), mode) for mode in modes]
+    found = [
+        (_region(density, mode, points, log_evidence), mode)
+        for mode in shown.over("evidence around modes", modes, len(modes))
+    ]
     missed = max([pair for pair in found if pair[0].left_out], key=lambda pair: pair[0].evidence, default=None)
     return Search(
         num_starts=num_starts,

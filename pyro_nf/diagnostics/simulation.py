@@ -1,17 +1,15 @@
 """What a model draws by itself: data from its likelihood, latents from its prior."""
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
 from pyro import poutine
 from pyro.poutine import Trace
-from pyro.poutine.messenger import _bound_partial
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
+from pyro_nf.calls import innermost, signature_of
 from pyro_nf.tracing import is_data
 
 
@@ -64,35 +62,17 @@ def drawn_data(trace: Trace) -> dict[str, Tensor]:
 
 
 def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors among a model's arguments by the names of its signature; the second of `*data` is `data_1`."""
-    bound = _signature(model).bind(*args, **kwargs)
+    """Return the tensors among a model's arguments by the names of its signature; the second of `*data` is `data_1`.
+
+    Those of a model whose signature Python does not know are `args_0`, `args_1`, ...
+    """
+    function, args, kwargs = innermost(model, args, kwargs)
+    signature = signature_of(function)
+    if signature is None:
+        return dict(_tensors({"args": args, **kwargs}))
+    bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     return dict(_tensors(bound.arguments))
-
-
-def check_options(caller: str, options: Iterable[str], model: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Raise a `ValueError` if a function's own option could as well be meant for the model.
-
-    A parameter of the model is safe once it is bound, by `functools.partial` or by position.
-    """
-    signature = _signature(model)
-    bound = set(signature.bind_partial(*args).arguments)
-    while isinstance(model, partial):
-        bound |= set(model.keywords)
-        model = model.func
-    clash = sorted(set(options) & set(signature.parameters) - bound)
-    if clash:
-        name = clash[0]
-        raise ValueError(
-            f"the model's parameter {name!r} bears the name of an option of {caller}: give the model its value by "
-            f"position, or bind it in model and guide by functools.partial(..., {name}=...)"
-        )
-
-
-def _signature(model: Callable[..., Any]) -> inspect.Signature:
-    while isinstance(model, _bound_partial):  # under a handler, as of poutine.condition(model, data)
-        model = model.func.args[1]
-    return inspect.signature(model.forward if isinstance(model, nn.Module) else model)
 
 
 def _tensors(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
@@ -68,12 +68,10 @@ class Gradients(NamedTuple):
 
     Attributes:
         residual: Stein's residual.
-        flat: Coordinates along which every gradient is zero, and the guide's standard deviations there.
         widest: The coordinate with the guide's largest standard deviation, and this.
     """
 
     residual: SteinResidual
-    flat: tuple[tuple[str, float], ...]
     widest: tuple[str, float]
 
 
@@ -87,6 +85,9 @@ class Evidence:
         misfit: How the weights move the coordinates' means and standard deviations.
         gradients: What the gradients say.
         search: What climbs from elsewhere found.
+        improper: Along which directions the posterior is improper, in a sentence; "" if along none. All other figures
+            are then of the posterior along the other directions.
+        without_density: Why draws have no density, where some have none.
         notes: What else to know.
         option: The argument by which a user asks for more draws.
     """
@@ -96,6 +97,8 @@ class Evidence:
     misfit: Misfit | None = None
     gradients: Gradients | None = None
     search: Search | None = None
+    improper: str = ""
+    without_density: str = ""
     notes: tuple[str, ...] = ()
     option: str = "num_samples"
 
@@ -118,6 +121,13 @@ class Decision(NamedTuple):
 
 def decide(evidence: Evidence) -> Decision:
     """Return the verdict on a guide."""
+    if evidence.improper:
+        rest = decide(replace(evidence, improper=""))
+        return Decision(
+            Verdict.NOT_RIGHT,
+            (f"{evidence.improper} Along all other directions the guide is {rest.verdict}.", *rest.reasons),
+            notes=rest.notes,
+        )
     notes = (*evidence.notes, *_notes(evidence))
     obstacle = _obstacle(evidence)
     if obstacle:
@@ -140,9 +150,7 @@ def mean_error(weights: WeightSummary) -> float:
 
 def _obstacle(evidence: Evidence) -> str:
     """Return why weights cannot correct the guide, the deepest cause alone, for the others follow from it; or ""."""
-    gradients, search, weights = evidence.gradients, evidence.search, evidence.weights
-    if gradients is not None and gradients.flat:
-        return _improper(gradients.flat)
+    search, weights = evidence.search, evidence.weights
     if search is not None and search.left_out is not None:
         return _left_out(search, search.left_out)
     if search is not None and search.num_scattered >= max(_MANY_MODES, search.num_starts / 2):
@@ -161,16 +169,6 @@ def _obstacle(evidence: Evidence) -> str:
             "not show why, so they cannot correct it. Fit longer, or use a more flexible guide."
         )
     return ""
-
-
-def _improper(flat: tuple[tuple[str, float], ...]) -> str:
-    listed = ", ".join(f"{name} (the guide's sd is {sd:.2g})" for name, sd in flat[:3])
-    more = f" and {len(flat) - 3} other coordinates" if len(flat) > 3 else ""
-    return (
-        f"The log density does not change along {listed}{more}: neither a prior nor data hold it there, so the "
-        "posterior is improper, and k-hat and log evidence mean nothing. Give it a proper prior, or leave out of the "
-        "model what is masked."
-    )
 
 
 def _left_out(search: Search, region: Region) -> str:
@@ -240,7 +238,8 @@ def _errors(evidence: Evidence) -> Iterator[str]:
     if _is_pulled(evidence) and evidence.gradients is not None:
         yield f"the gradients pull its center by {evidence.gradients.residual.size:.2f} sd"
     if weights.outside > 0:
-        yield f"{100 * weights.outside:.2g}% of its draws have density zero under the model"
+        cause = evidence.without_density or "draws have density zero under the model"
+        yield f"{100 * weights.outside:.2g}% of its {cause}"
     elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
         yield f"it is {_with_error(weights.gap, weights.gap_se)} nats from the posterior in all{inner}"

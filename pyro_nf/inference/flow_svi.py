@@ -16,16 +16,18 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_nf.arguments import Arguments, unpacked
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
 from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
-from pyro_nf.inference.minibatches import Arguments, Fault, Minibatches, faults_in_words
+from pyro_nf.inference.minibatches import Call, Fault, Minibatches, faults_in_words
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
 from pyro_nf.inference.result import Evaluation, FitResult
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.stages import Staged, fit_in_stages
+from pyro_nf.matching import matched_structure, warn_of_mismatches
 from pyro_nf.objectives import ELBO, CoordinateELBO
 from pyro_nf.tracing import Particle, Program, guide_log_prob, in_words, log_prob_sum
 from pyro_nf.untrusted import check_writable
@@ -180,6 +182,7 @@ class FlowSVI:
         Raises:
             ValueError: If the pair cannot be fitted by reparametrised draws, or the data hold NaN.
         """
+        args, kwargs = unpacked(args, kwargs)
         result = self._in_stages(args, kwargs) or self._run(itertools.repeat((args, kwargs)), fixed=True)
         return self._explained(result, args, kwargs)
 
@@ -188,7 +191,8 @@ class FlowSVI:
 
         Args:
             batches: What a `torch.utils.data.DataLoader` is: each iteration over it gives the minibatches of an epoch,
-                as tuples or lists of the model's arguments, dictionaries of keyword arguments, or one argument.
+                as tuples or lists of the model's arguments, dictionaries of keyword arguments, one argument, or
+                `Arguments`.
                 The model scales the likelihood to the whole data itself (`pyro.plate(name, size, len(batch))`). With
                 several processes each has batches of its own.
                 Each of the first pass, up to 5,000, is checked before its step, by one run of model and guide. Later
@@ -219,6 +223,7 @@ class FlowSVI:
         if self.checkpoint is None or not Ranks().from_first(self.checkpoint.exists):
             got = None if self.checkpoint is None else str(self.checkpoint)
             raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
+        args, kwargs = unpacked(args, kwargs)
         return self._run(itertools.repeat((args, kwargs)), fixed=True, resume=self.checkpoint)
 
     def _in_stages(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FitResult | None:
@@ -231,7 +236,7 @@ class FlowSVI:
         try:
             if self.seed is not None:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
-            structure = self.program.structure(args, kwargs)
+            structure = matched_structure(self.program, args, kwargs)
             trained = any(site["type"] == "param" for site in structure.particle.model.nodes.values())
             if structure.subsamples or trained or self.program.own_randomness(args, kwargs):
                 return None
@@ -264,7 +269,7 @@ class FlowSVI:
 
     def _run(
         self,
-        data: Iterator[Arguments],
+        data: Iterator[Call],
         fixed: bool,
         resume: Path | None = None,
         make_execution: Callable[..., Execution] = Execution,
@@ -280,7 +285,7 @@ class FlowSVI:
 
     def _fit(
         self,
-        data: Iterator[Arguments],
+        data: Iterator[Call],
         fixed: bool,
         ranks: Ranks,
         resume: Path | None,
@@ -293,7 +298,7 @@ class FlowSVI:
             self.program.check_data(args, kwargs)
         starts = None
         if self.num_starts and resume is None:
-            starts = self.program.guide.warm_start(*args, num_starts=self.num_starts, **kwargs)  # type: ignore[attr-defined]
+            starts = self.program.guide.warm_start(Arguments(*args, **kwargs), num_starts=self.num_starts)  # type: ignore[attr-defined]
         ranks.part()
         shapes = ranks.gather([tuple(param.shape) for param in params])
         if any(other != shapes[0] for other in shapes):
@@ -427,7 +432,7 @@ class FlowSVI:
 
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""
-        self.program.structure(args, kwargs)
+        warn_of_mismatches(self.program, args, kwargs)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
             ELBO().estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]

@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
+from pyro_nf.arguments import unpacked
 from pyro_nf.tracing import Program
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Minibatches of the first pass that are looked at, each by a run of model and guide.
 MAX_CHECKED = 5000
@@ -44,13 +45,13 @@ class Minibatches:
         self.faults: list[Fault] = []
         self._program = program
         self._passes = self._go_through(batches)
-        self._block: list[tuple[str, Arguments | None]] = []
+        self._block: list[tuple[str, Call | None]] = []
         self._room = _MAX_KEPT
 
-    def __iter__(self) -> Iterator[Arguments]:
+    def __iter__(self) -> Iterator[Call]:
         return self
 
-    def __next__(self) -> Arguments:
+    def __next__(self) -> Call:
         return next(self._passes)
 
     def start_block(self) -> None:
@@ -69,7 +70,7 @@ class Minibatches:
             if problem:
                 self.faults.append(Fault(name, problem))
 
-    def _go_through(self, batches: Iterable[Any]) -> Iterator[Arguments]:
+    def _go_through(self, batches: Iterable[Any]) -> Iterator[Call]:
         number_of_pass = 0
         while True:
             number_of_pass += 1
@@ -87,11 +88,11 @@ class Minibatches:
                     "once: pass a list or a DataLoader)"
                 )
 
-    def _keep(self, name: str, arguments: Arguments) -> None:
+    def _keep(self, name: str, arguments: Call) -> None:
         self._room -= sum(leaf.nbytes for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
         self._block.append((name, arguments if self._room >= 0 else None))
 
-    def _problem(self, arguments: Arguments, first: bool = False) -> str:
+    def _problem(self, arguments: Call, first: bool = False) -> str:
         """Say what is wrong with the data of a minibatch, if anything is."""
         # The very first run, which sets the guide up, is the fit's own, and checks the data.
         check = self._program.structure if first else self._program.check_data
@@ -111,14 +112,14 @@ def faults_in_words(faults: list[Fault], steps: int) -> str:
     return f"{len(faults)} of {steps} steps were skipped, {', '.join([*names, *more])}: {faults[0].problem}"
 
 
-def _not_finite(arguments: Arguments) -> str:
+def _not_finite(arguments: Call) -> str:
     """Count what could be the matter where observed values are not, as in covariates."""
     leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
     number = sum(int((~leaf.isfinite()).sum()) for leaf in leaves)
     return f"its arguments hold {number} numbers that are NaN or infinite" if number else ""
 
 
-def _arguments(batch: Any) -> Arguments:
+def _arguments(batch: Any) -> Call:
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    return (tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)), {}
+    return unpacked(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})

@@ -229,7 +229,7 @@ def test_names_that_the_model_and_to_arviz_share():
             pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
 
     y = torch.zeros(3)
-    with pytest.raises(ValueError, match="the model's parameter 'num_samples' bears the name of an option of to_arviz"):
+    with pytest.raises(ValueError, match="num_samples=100 may be meant for to_arviz or for the model"):
         to_arviz(plain, AutoFlow(plain), y, num_samples=100)
     to_arviz(plain, AutoFlow(plain), y, 3, num_samples=100)
     bound = functools.partial(plain, num_samples=3)

@@ -145,7 +145,7 @@ def test_the_symmetry_test_has_the_size_that_it_says():
 
 def test_bad_input_gets_a_sentence():
     model, fit = fit_with()
-    with pytest.raises(ValueError, match="num_simulations must be at least 20; got 3"):
+    with pytest.raises(ValueError, match="num_simulations must be a whole number of at least 20; got 3"):
         calibrate(model, fit, Y, num_simulations=3)
     with pytest.raises(ValueError, match="fit failed in all 20 simulations, in the first by ValueError: fit must"):
         calibrate(model, lambda simulated: None, Y, num_simulations=20)

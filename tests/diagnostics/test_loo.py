@@ -156,5 +156,79 @@ def test_bad_input_gets_a_sentence():
 
     with warnings.catch_warnings():
         data = to_arviz(bounded, prior, torch.tensor(1.0), num_samples=200)
-    with pytest.raises(ValueError, match="finite log-likelihoods; that of 'y' is not for"):
+    with pytest.raises(
+        ValueError, match="finite log-likelihoods; that of 'y' is NaN or infinite for 61 of 200 draws at 1 of 1 obs"
+    ):
         loo(data)
+
+
+@pytest.fixture(scope="module")
+def sound():
+    pyro.set_rng_seed(0)
+    return to_arviz(model, guide_for(1.0, 1.2), Y, num_samples=400, num_prior_samples=0)
+
+
+def changed(data, group, name, draws, value, rows=None):
+    """The data with these draws' figures (of these rows) replaced."""
+    result = data.copy()
+    values = result[group][name].values.copy()
+    values[(0, draws) if rows is None else (0, draws, rows)] = value
+    result[group][name] = (result[group][name].dims, values)
+    return result
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("log_p", math.nan), ("log_p", math.inf), ("log_q", math.nan), ("log_q", -math.inf)]
+)
+def test_broken_weights_are_counted(sound, name, value):
+    broken = changed(sound, "sample_stats", name, slice(3), value)
+    with pytest.raises(ValueError, match=f"{name} in sample_stats is NaN or infinite for 3 of 400 draws"):
+        loo(broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_broken_likelihoods_are_counted_and_their_observations_named(sound, value):
+    broken = changed(sound, "log_likelihood", "y", slice(3), value, 5)
+    with pytest.raises(ValueError, match="'y' is NaN or infinite for 3 of 400 draws at 1 of 8 observations, row 5"):
+        loo(broken)
+
+
+def test_draws_outside_the_support_have_no_weight_and_are_counted(sound):
+    outside = changed(sound, "sample_stats", "log_p", slice(40), -math.inf)
+    with pytest.warns(UserWarning, match="40 of 400 draws lie outside the model's support and have no weight"):
+        found = loo(outside)
+    rest = loo(sound.isel(draw=slice(40, None)))
+    assert np.allclose(pointwise(found), pointwise(rest), atol=0.02)
+    with pytest.raises(ValueError, match="data must hold draws inside the model's support"):
+        loo(changed(sound, "sample_stats", "log_p", slice(400), -math.inf))
+
+
+@pytest.mark.parametrize("number", [0, 1, 99])
+def test_too_few_draws_get_a_sentence(sound, number):
+    with pytest.raises(ValueError, match=f"data must hold at least 100 draws; got {number}"):
+        loo(sound.isel(draw=slice(number)))
+
+
+def test_masked_data_are_never_an_elpd_of_zero(sound):
+    nothing = sound.copy()
+    nothing["observed_data"]["y"] = nothing["observed_data"]["y"] * math.nan
+    with pytest.raises(ValueError, match="data must hold observations of 'y'; all 8 are masked"):
+        loo(nothing)
+    unknown = changed(sound, "log_likelihood", "y", slice(400), 0.0, slice(2))
+    del unknown.observed_data
+    with pytest.raises(ValueError, match=r"data must hold observed_data, .* is 0 in all draws for 2 of 8 .*rows 0, 1"):
+        loo(unknown)
+
+
+def test_an_observation_that_is_partly_missing_counts():
+    def pairs(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=y.dtype), 1.0))
+        with pyro.plate("unit", 4):
+            pyro.sample("y", dist.Normal(mu, 1.0).expand([4, 2]).to_event(1), obs=y)
+
+    data = to_arviz(pairs, guide_for(), Y.reshape(4, 2), num_samples=400, num_prior_samples=0)
+    assert loo(data)["n_data_points"] == 4
+    data["observed_data"]["y"][0, 1] = math.nan
+    assert loo(data)["n_data_points"] == 4
+    data["observed_data"]["y"][0, 0] = math.nan
+    assert loo(data)["n_data_points"] == 3
