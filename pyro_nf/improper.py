@@ -24,10 +24,14 @@ class FlatDirections(NamedTuple):
     Attributes:
         basis: Orthonormal directions v in the coordinates, `(num_directions, dim)`.
         slopes: The log density's slope along each, `(num_directions,)`: 0 where it does not depend on it at all.
+        loc: Location of the `reference` along each, `(num_directions,)`.
+        scale: Its standard deviation.
     """
 
     basis: Tensor
     slopes: Tensor
+    loc: Tensor
+    scale: Tensor
 
     def __bool__(self) -> bool:
         return len(self.basis) > 0
@@ -35,12 +39,17 @@ class FlatDirections(NamedTuple):
     def reference(self, points: Tensor) -> Tensor:
         """Return what makes a proper density of it, `(*batch,)` for `(*batch, dim)`.
 
-        That is a standard normal along each direction in place of the slope: `log N(v'x; 0, 1) - slope v'x`. Along
-        the other directions the density stays what it is, so that these can be fitted and checked.
+        That is a normal along each direction in place of the slope: `log N(v'x; loc, scale) - slope v'x`. Along the
+        other directions the density stays what it is, so that these can be fitted and checked.
         """
         along = points @ self.basis.mT
-        normal = torch.distributions.Normal(torch.zeros_like(self.slopes), 1.0)
+        normal = torch.distributions.Normal(self.loc, self.scale, validate_args=False)
         return (normal.log_prob(along) - self.slopes * along).sum(-1)
+
+    def as_wide_as(self, draws: Tensor) -> "FlatDirections":
+        """Return the same, with a reference as wide as draws `(num_draws, dim)` are: any width is as good."""
+        along = draws @ self.basis.mT
+        return self._replace(loc=along.mean(0), scale=along.std(0))
 
     def made_proper(self, log_density: LogDensity) -> LogDensity:
         """Return the log density with the `reference` in it."""
@@ -78,7 +87,7 @@ def flat_directions(gradients: Gradients, points: Tensor) -> FlatDirections:
     usable = slopes.isfinite().all(-1)
     slopes, points = slopes[usable], points[usable]
     dim = points.shape[1]
-    none = FlatDirections(points.new_zeros(0, dim), points.new_zeros(0))
+    none = FlatDirections(points.new_zeros(0, dim), *points.new_zeros(3, 0))
     if len(points) <= dim:
         return none
     unit = _ROUNDING * torch.finfo(points.dtype).eps
@@ -99,7 +108,8 @@ def flat_directions(gradients: Gradients, points: Tensor) -> FlatDirections:
     if not kept:
         return none
     found = torch.stack(kept)
-    return FlatDirections(found, (slopes @ found.mT).mean(0))
+    along = (slopes @ found.mT).mean(0)
+    return FlatDirections(found, along, torch.zeros_like(along), torch.ones_like(along))
 
 
 def _is_straight(gradients: Gradients, point: Tensor, direction: Tensor, slopes: Tensor, unit: float) -> bool:

@@ -25,6 +25,8 @@ from pyro_nf.tracing import Particle, Program, in_words
 
 # Climbs need the whole Hessian.
 _MAX_DIM = 500
+# Draws that tell how wide a guide is along an improper direction: to 1%.
+_NUM_WIDTH = 10_000
 # Draws with a gradient, and numbers that their coordinates may take together.
 _NUM_SCORES, _PER_COORDINATE, _MAX_NUMBERS = 1000, 10, 2**24
 
@@ -209,7 +211,10 @@ def _improper(
 
     with torch.random.fork_rng():
         points = program.map_in_chunks(extract, 2 * dim + 10, args, kwargs)["point"]
-    return flat_directions(density.gradients, points)
+        found = flat_directions(density.gradients, points)
+        if not found:
+            return None
+        return found.as_wide_as(program.map_in_chunks(extract, _NUM_WIDTH, args, kwargs)["point"])
 
 
 def judge(evidence: Evidence) -> Diagnosis:
