@@ -10,7 +10,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_nf.noise import BatchedWrites, SharedSubsamples
+from pyro_nf.batching import Batchable
+from pyro_nf.noise import SharedSubsamples
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import fill_masked, is_latent, log_prob_sum
 
@@ -56,8 +57,8 @@ def model_log_density(
 
     def log_density(point: Tensor) -> Tensor:
         place = _AtPoint(point)
-        with pyro.validation_enabled(False):  # its checks of values cannot be batched
-            with BatchedWrites(), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
+        with pyro.validation_enabled(False), Batchable(fixed=True):  # checks of values cannot be batched
+            with SharedSubsamples(indices or {}), poutine.trace() as capture, place:
                 model(*args, **kwargs)
             return place.log_det + log_prob_sum(fill_masked(capture.trace))
 

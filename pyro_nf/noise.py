@@ -9,6 +9,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_nf.batching import Batchable
+
 _IN_PLACE_DRAWS = {
     getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
 }
@@ -39,21 +41,7 @@ class CountedNoise(TorchFunctionMode):
         return result
 
 
-class BatchedWrites(TorchFunctionMode):
-    """Let `x[mask] = number`, as torch's Multinomial has it, be what `vmap` can batch."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, or what replaces it."""
-        if func is Tensor.__setitem__ and isinstance(args[2], int | float):
-            x, mask, number = args
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
-                return x.copy_(x.masked_fill(mask, number))
-        return func(*args, **(kwargs or {}))
-
-
-class GivenNoise(BatchedWrites):
+class GivenNoise(Batchable):
     """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
 
     Args:

@@ -19,7 +19,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.noise import BatchedWrites, CountedNoise, GivenNoise, SharedSubsamples, minibatches
+from pyro_nf.batching import Batchable
+from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
 _MAX_CHUNK, _MAX_NUMBERS = 1000, 2**24
@@ -208,7 +209,8 @@ def run_model(
     model: Callable[..., Any], latents: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> poutine.Trace:
     """Run a model on the latents of a trace; return its trace."""
-    return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
+    with Batchable():
+        return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
 
 
 def fill_masked(trace: poutine.Trace) -> poutine.Trace:
@@ -241,7 +243,7 @@ def log_prob_sum(trace: poutine.Trace) -> Tensor:
 
 
 def _compute_log_prob(trace: poutine.Trace) -> None:
-    with BatchedWrites():
+    with Batchable():
         trace.compute_log_prob()
 
 
