@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _functorch
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
@@ -35,6 +36,9 @@ _MAKERS = {
 _NUMBERS = {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
 _NUMBERS |= {Tensor.item, Tensor.tolist, Tensor.numpy}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+# What `vmap` does draw by draw in place, and at once beside it.
+_IN_TWO = {Tensor.clamp_: torch.clamp, Tensor.clamp_min_: torch.clamp_min, Tensor.clamp_max_: torch.clamp_max}
+_IN_TWO |= {Tensor.scatter_: torch.scatter}
 # What torch's distributions ask when they check values, which no model does where it is batched.
 _IS_VALID = getattr(torch, "_is_all_true", None)
 
@@ -79,6 +83,8 @@ class Batchable(TorchFunctionMode):
             return args[0].detach()
         if func is Tensor.__setitem__:
             return self._set(*args)
+        if func in _IN_TWO and is_batched(args[0]):
+            return args[0].copy_(_IN_TWO[func](*args, **kwargs))
         if _is_in_place(func):
             return self._write(func, *args, **kwargs)
         return func(*args, **kwargs)
@@ -190,6 +196,16 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     old_style = cls.setup_context is Function.setup_context
     if not (old_style and torch._C._are_functorch_transforms_active()):
         return _plain_apply(cls, *args, **kwargs)
+    level = retrieve_current_functorch_interpreter()
+    tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if (
+        isinstance(level, VmapInterpreter)
+        and level.randomness() == "different"
+        and tensors
+        and not any(is_batched(args[i]) for i in tensors)
+    ):  # it may draw: from parameters that all draws share, too, they shall differ
+        first = tensors[0]
+        args = (*args[:first], args[first] + 0.0 * torch.rand(()).to(args[first]), *args[first + 1 :])
     context = _Context()
     num_outputs = 0
 
@@ -201,7 +217,8 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
         @staticmethod
         def forward(*inputs: Any) -> Any:
             nonlocal num_outputs
-            outputs = cls.forward(context, *inputs)
+            with Batchable():
+                outputs = cls.forward(context, *inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             num_outputs = len(outputs)
             # A copy each: an output that is an input, or is given twice, would be a view.
@@ -221,17 +238,21 @@ def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
 
 
 def culprit(error: BaseException) -> str:
-    """Return whose code an error came from: `"VonMises at site 'angle'"`, or `"the model"`."""
-    name, site = "", ""
+    """Return whose code raised an error: `"the model"`, or a distribution, as `"pyro's Rejector at site 'x'"`."""
+    owner, site = "", ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         held = frame.f_locals
         if isinstance(held.get("self"), Distribution):
-            name = type(held["self"]).__name__
-        if frame.f_code.co_name in ("compute_log_prob", "apply_stack"):
-            site = held["name"] if "name" in held else held.get("msg", {}).get("name", "")
-    if not name:
+            kind = type(held["self"])
+            home = kind.__module__.split(".")[0]
+            owner = f"{home}'s {kind.__name__}" if home in ("pyro", "torch") else kind.__name__
+        if frame.f_code.co_name == "compute_log_prob":
+            site = held["name"]
+        elif frame.f_code.co_name == "apply_stack":
+            site = held["msg"]["name"]
+    if not owner:
         return "the model"
-    return f"{name} at site {site!r}" if site else name
+    return f"{owner} at site {site!r}" if site else owner
 
 
 @lru_cache(maxsize=None)

@@ -7,7 +7,6 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pyro_nf.batching import Batchable
 
@@ -17,7 +16,7 @@ _IN_PLACE_DRAWS = {
 _NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
 
 
-class CountedNoise(TorchFunctionMode):
+class CountedNoise(Batchable):
     """Count the normals that are drawn.
 
     Attributes:
@@ -34,7 +33,7 @@ class CountedNoise(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func`, and count if it draws."""
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_function__(func, types, args, kwargs)
         if func in _NORMAL_DRAWS:
             self.size += result.numel()
             self.like = result.new_empty(0) if self.like is None else self.like
@@ -67,8 +66,6 @@ class GivenNoise(Batchable):
         elif func is torch.binomial and args:
             # Its count, too: `vmap` makes an output of the count's shape.
             args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
-        elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
-            return args[0].copy_(torch.clamp(*args, **kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
     def _normal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -15,7 +15,7 @@ from pyro.distributions import stable, stable_log_prob
 from torch import Tensor
 from torch._C import _functorch
 from torch.autograd import Function
-from torch.distributions import Distribution
+from torch.distributions import Distribution, dirichlet
 from torch.distributions.transforms import Transform
 from torch.overrides import TorchFunctionMode
 
@@ -148,6 +148,65 @@ def standard_stable(alpha: Tensor, beta: Tensor, uniform: Tensor, exponential: T
     return torch.where(near, (1 - weight) * below + weight * above, below)
 
 
+def wishart(self: Any, sample_shape: Any = (), max_try_correction: int | None = None) -> Tensor:
+    """`Wishart.rsample`, without its second draws in place of singular ones, for which torch takes all that are not."""
+    drawn: Tensor = self._bartlett_sampling(torch.Size(sample_shape))
+    return drawn
+
+
+def dirichlet_draw(self: Any, sample_shape: Any = ()) -> Tensor:
+    """`Dirichlet.rsample`, for all draws at once."""
+    drawn: Tensor = _DirichletDraw.apply(self.concentration.expand(self._extended_shape(sample_shape)), torch.rand(()))
+    return drawn
+
+
+class _DirichletDraw(Function):
+    """torch's draw and its gradient; the second argument differs between draws, as the draw shall for a constant first."""
+
+    @staticmethod
+    def forward(concentration: Tensor, other: Tensor) -> Tensor:
+        return torch._sample_dirichlet(concentration)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.save_for_backward(output, inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _DirichletGradient.apply(*ctx.saved_tensors, *grads), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, concentration: Tensor, other: Tensor) -> tuple[Tensor, int]:
+        (concentration,) = _in_front(info.batch_size, in_dims[:1], concentration)
+        return _DirichletDraw.apply(concentration, other[..., 0] if other.dim() else other), 0
+
+
+class _DirichletGradient(Function):
+    @staticmethod
+    def forward(x: Tensor, concentration: Tensor, grad: Tensor) -> Tensor:
+        return dirichlet._Dirichlet_backward(x, concentration, grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("draws of a Dirichlet have no second derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+        return _DirichletGradient.apply(*_in_front(info.batch_size, in_dims, *tensors)), 0
+
+
+def _in_front(size: int, dims: Any, *tensors: Tensor) -> list[Tensor]:
+    """Move the dimension that `vmap` batches to the front, or put one there."""
+    return [
+        tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip(tensors, dims, strict=True)
+    ]
+
+
 class _Answer(TorchFunctionMode):
     """Answer every question that is asked of what differs between draws the same way.
 
@@ -210,11 +269,16 @@ class _Drawn(Function):
 
 
 def _drawn_singly(owner: type[Distribution], name: str = "sample") -> Rewrite:
-    """Rewrite a sampler whose loops look at values as an operation of the distribution's tensors."""
+    """Rewrite a sampler that looks at values, as loops do, as an operation of the distribution's tensors.
+
+    Where it has a gradient that may be asked for, it stays as it is.
+    """
     sample = vars(owner)[name]
 
     @functools.wraps(sample)
     def draw(self: Any, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008  as torch has it
+        if name == "rsample" and torch.is_grad_enabled():
+            return sample(self, sample_shape)  # type: ignore[no-any-return]
         tensors: list[Tensor] = []
         _collect(self, tensors)
 
@@ -264,9 +328,12 @@ REWRITES: tuple[Rewrite, ...] = (
     (stable, "_standard_stable", standard_stable),
     _answered(dist.SineBivariateVonMises, "__init__", True),
     _answered(dist.SineSkewed, "__init__", False),
-    _answered(torch.distributions.Wishart, "rsample", False),
+    (torch.distributions.Dirichlet, "rsample", dirichlet_draw),
+    (torch.distributions.Wishart, "rsample", wishart),
     _drawn_singly(torch.distributions.VonMises),
     _drawn_singly(dist.SineBivariateVonMises),
     _drawn_singly(dist.SpanningTree),
     _drawn_singly(dist.CoalescentTimes),
+    _drawn_singly(dist.GaussianScaleMixture, "rsample"),
+    _drawn_singly(dist.Rejector, "rsample"),
 )

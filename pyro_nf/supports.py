@@ -148,16 +148,19 @@ def bijection(site: dict[str, Any]) -> Transform:
         if "bijection" not in site:
             site["bijection"] = _bijection(_support(site["fn"]))
     except NotImplementedError:
-        support = site["fn"].support
-        if "sphere" in repr(support).lower():
+        try:
+            support = repr(site["fn"].support)
+            what = f"has support {support}, which the real line has no bijection to"
+        except NotImplementedError:  # as of a GaussianScaleMixture
+            support = ""
+            what = "has a distribution that declares no support"
+        if "sphere" in support.lower():
             remedy = (
                 f"with ProjectedNormal, use pyro.poutine.reparam(model, {{{site['name']!r}: ProjectedNormalReparam()}})"
             )
         else:
             remedy = "sample what it is made of, or register a bijection with torch.distributions.biject_to"
-        raise ValueError(
-            f"site {site['name']!r} has support {support!r}, which the real line has no bijection to: {remedy}"
-        ) from None
+        raise ValueError(f"site {site['name']!r} {what}: {remedy}") from None
     transform: Transform = site["bijection"]
     return transform
 

@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.batching import Batchable
+from pyro_nf.batching import Batchable, culprit
 from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
@@ -90,7 +90,7 @@ class Program:
         """
         key = signature(args, kwargs)
         if key not in self._structures:
-            with torch.no_grad(), poutine.block():
+            with torch.no_grad(), poutine.block(), Batchable():
                 # A first call lets an automatic guide set itself up, and report what is wrong with the model.
                 self.guide(*args, **kwargs)
                 count = CountedNoise()
@@ -143,19 +143,20 @@ class Program:
 
         noise = draws.noise
         zeros = noise.new_zeros(len(noise))
-        obstacle = ""
+        obstacle, who = "", ""
         if self.vectorized:
             try:
                 return torch.func.vmap(particle, randomness="different")(noise, zeros)
             except RuntimeError as error:
-                obstacle = str(error).splitlines()[0]
+                obstacle, who = str(error).splitlines()[0], culprit(error)
         # which raises, too, where the model itself is at fault
         results = [particle(row, zero) for row, zero in zip(noise, zeros, strict=True)]
         if obstacle:
             self.vectorized = False
+            usual = " (Usual causes: .item() or .numpy(), control flow that depends on a value.)"
             warnings.warn(
-                f"the model cannot be batched over draws and runs them one by one, which is slow: {obstacle} "
-                "(Usual causes: .item() or .numpy(), control flow that depends on a value, in-place writes.)",
+                f"{who} cannot be batched over draws, which run one by one, slowly: {obstacle}"
+                f"{usual if who == 'the model' else ''}",
                 stacklevel=2,
             )
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
