@@ -11,7 +11,8 @@ rule.
 import threading
 import traceback
 import weakref
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache
 from types import TracebackType
 from typing import Any
 
@@ -34,11 +35,16 @@ _MAKERS = {
     *(Tensor.new, Tensor.clone, torch.clone),  # type: ignore[attr-defined]
 }
 _NUMBERS = {getattr(Tensor, f"__{name}__") for name in ("bool", "int", "float", "index")}
-_NUMBERS |= {Tensor.item, Tensor.tolist, Tensor.numpy}
+_NUMBERS |= {Tensor.item, Tensor.tolist}
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_IN_PLACE_OPERATORS = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or", "xor")}
 # What `vmap` does draw by draw in place, and at once beside it.
-_IN_TWO = {Tensor.clamp_: torch.clamp, Tensor.clamp_min_: torch.clamp_min, Tensor.clamp_max_: torch.clamp_max}
-_IN_TWO |= {Tensor.scatter_: torch.scatter}
+_IN_TWO: dict[Any, Callable[..., Tensor]] = {
+    Tensor.clamp_: torch.clamp,
+    Tensor.clamp_min_: torch.clamp_min,
+    Tensor.clamp_max_: torch.clamp_max,
+    Tensor.scatter_: torch.scatter,
+}
 # What torch's distributions ask when they check values, which no model does where it is batched.
 _IS_VALID = getattr(torch, "_is_all_true", None)
 
@@ -120,21 +126,24 @@ class Batchable(TorchFunctionMode):
 
     def _number(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what a tensor's values are, also where a graph is recorded that they do not depend on."""
+        if is_batched(x):
+            return func(x, *args, **kwargs)  # which raises
+        x = _unwrapped(x)
         try:
             return func(x, *args, **kwargs)
         except RuntimeError:
-            if is_batched(x) or not self._is_constant(x):
+            if not self._is_constant(x):
                 raise
         with disable_proxy_modes_tracing():
             return func(x, *args, **kwargs)
 
     def _is_constant(self, x: Tensor) -> bool:
         """Whether a tensor follows from none of a recording's inputs, nor from what may change until it is used."""
-        mode = get_proxy_mode()
-        slot = None if mode is None else get_proxy_slot(_unwrapped(x), mode.tracer, None)
+        mode: Any = get_proxy_mode()
+        slot: Any = None if mode is None else get_proxy_slot(x, mode.tracer, None)
         if slot is None:
             return False
-        pending, seen = [slot.proxy.node], set()  # type: ignore[attr-defined]
+        pending, seen = [slot.proxy.node], set()
         while pending:
             node = pending.pop()
             if node in seen:
@@ -142,7 +151,7 @@ class Batchable(TorchFunctionMode):
             seen.add(node)
             if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 return False
-            if node.op == "get_attr" and not self._is_known(getattr(mode.tracer.root, node.target), node):  # type: ignore[union-attr]
+            if node.op == "get_attr" and not self._is_known(getattr(mode.tracer.root, str(node.target)), node):
                 return False
             pending += node.all_input_nodes
         return True
@@ -255,11 +264,12 @@ def culprit(error: BaseException) -> str:
     return f"{owner} at site {site!r}" if site else owner
 
 
-@lru_cache(maxsize=None)
+@cache
 def _is_in_place(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    inside = name.strip("_")
-    return (name.endswith("_") and not name.endswith("__")) or name == f"__i{inside[1:]}__" != "__invert__"
+    if getattr(Tensor, name, None) is not func:
+        return False
+    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _unwrapped(x: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ def nan_masked_normal(self: Any, value: Tensor) -> Tensor:
     """`NanMaskedNormal.log_prob`: 0 where a value is missing."""
     there = value.isfinite()
     value = torch.where(there, value, self.loc.detach())  # any number: where a value is NaN, so is its gradient
-    return torch.where(there, dist.Normal.log_prob(self, value), 0.0)
+    log_prob: Tensor = dist.Normal.log_prob(self, value).masked_fill(~there, 0.0)
+    return log_prob
 
 
 def nan_masked_multivariate_normal(self: Any, value: Tensor) -> Tensor:
@@ -59,36 +60,37 @@ def nan_masked_multivariate_normal(self: Any, value: Tensor) -> Tensor:
     """
     there = value.isfinite()
     if not may_hold(~there):
-        return dist.MultivariateNormal.log_prob(self, value)
+        return dist.MultivariateNormal.log_prob(self, value)  # type: ignore[no-any-return]
     both = there[..., :, None] & there[..., None, :]
     covariance = torch.where(both, self.covariance_matrix, torch.eye(value.shape[-1]).to(value))
     factor = torch.linalg.cholesky(covariance)
     error = torch.where(there, value - self.loc, 0.0)
-    scaled = torch.linalg.solve_triangular(factor, error[..., None], upper=False)[..., 0]
-    log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    scaled: Tensor = torch.linalg.solve_triangular(factor, error[..., None], upper=False)[..., 0]
+    log_det: Tensor = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     return -0.5 * scaled.square().sum(-1) - log_det - 0.5 * math.log(2 * math.pi) * there.sum(-1)
 
 
 def gaussian_scale_mixture(self: Any, value: Tensor) -> Tensor:
-    r"""`GaussianScaleMixture.log_prob`, `log sum_k w_k N(x; 0, (c_k s)^2)`: Pyro's has no gradient, for it is written in place."""
+    r"""`GaussianScaleMixture.log_prob`, `log sum_k w_k N(x; 0, (c_k s)^2)`; Pyro's, in place, has no gradient."""
     scale = self.component_scale[:, None] * self.coord_scale
     parts = dist.Normal(torch.zeros_like(scale), scale).log_prob(value).sum(-1)
     return torch.logsumexp(self.categorical.logits + parts, -1)
 
 
 def sine_bivariate_von_mises(self: Any) -> Tensor:
-    r"""`SineBivariateVonMises.norm_const`: the logarithm of
+    r"""`SineBivariateVonMises.norm_const`, as an integral over one angle in place of a series.
 
+    It is the logarithm of
     `int int exp(a cos x + b cos y + c sin x sin y) dx dy = 2 pi int exp(a cos x) I_0(sqrt(b^2 + c^2 sin^2 x)) dx`,
-
-    the marginal density of an angle (Singh, Hnizdo and Demchuk, 2002, section 2), by the trapezoid rule, which is exact
-    to rounding for what is smooth and periodic. NaN for concentrations above 10,000, which Pyro's constructor refuses.
+    whose integrand is the marginal density of x (Singh, Hnizdo and Demchuk, 2002, Probabilistic model for two dependent
+    circular variables). The trapezoid rule is exact to rounding for what is smooth and periodic. NaN for concentrations
+    above 10,000, which Pyro's constructor refuses.
     """
     x = torch.arange(_CIRCLE, dtype=self.phi_loc.dtype, device=self.phi_loc.device) * (2 * math.pi / _CIRCLE)
     a, b, c = (part[..., None] for part in (self.phi_concentration, self.psi_concentration, self.correlation))
     size = (b.square() + (c * x.sin()).square()).sqrt()
     parts = a * x.cos() + size + torch.special.i0e(size).log()
-    log_norm = parts.logsumexp(-1) + 2 * math.log(2 * math.pi) - math.log(_CIRCLE)
+    log_norm: Tensor = parts.logsumexp(-1) + 2 * math.log(2 * math.pi) - math.log(_CIRCLE)
     too_large = torch.maximum(self.phi_concentration, self.psi_concentration) > _MAX_CONCENTRATION
     return log_norm.masked_fill(too_large, math.nan)
 
@@ -118,7 +120,7 @@ def _stable_s0(alpha: Tensor, beta: Tensor, value: Tensor) -> Tensor:
         stable_log_prob.value_near_zero_tolerance_density * at_zero.neg().exp()
     )
     near = z.abs() < width
-    above = stable_log_prob._unsafe_stable_log_prob(alpha, beta, torch.where(near, width, z))
+    above: Tensor = stable_log_prob._unsafe_stable_log_prob(alpha, beta, torch.where(near, width, z))
     if not may_hold(near):
         return above
     below = stable_log_prob._unsafe_stable_log_prob(alpha, beta, -width)
@@ -133,7 +135,8 @@ def standard_stable(alpha: Tensor, beta: Tensor, uniform: Tensor, exponential: T
     """`stable._standard_stable`: near alpha = 1 a mean of the draws to both sides of it."""
     near = (alpha - 1).abs() <= stable.RADIUS
     if not may_hold(near):
-        return stable._unsafe_standard_stable(alpha, beta, uniform, exponential, coords=coords)
+        plain: Tensor = stable._unsafe_standard_stable(alpha, beta, uniform, exponential, coords=coords)
+        return plain
     if coords == "S":
         draw = standard_stable(alpha, beta, uniform, exponential, "S0")
         return torch.where(alpha == 1, draw, draw + beta * (math.pi / 2 * alpha).tan())
@@ -161,7 +164,7 @@ def dirichlet_draw(self: Any, sample_shape: Any = ()) -> Tensor:
 
 
 class _DirichletDraw(Function):
-    """torch's draw and its gradient; the second argument differs between draws, as the draw shall for a constant first."""
+    """torch's draw and its gradient; the second argument makes draws differ that share their concentration."""
 
     @staticmethod
     def forward(concentration: Tensor, other: Tensor) -> Tensor:
@@ -184,7 +187,7 @@ class _DirichletDraw(Function):
 class _DirichletGradient(Function):
     @staticmethod
     def forward(x: Tensor, concentration: Tensor, grad: Tensor) -> Tensor:
-        return dirichlet._Dirichlet_backward(x, concentration, grad)
+        return dirichlet._Dirichlet_backward(x, concentration, grad)  # type: ignore[no-any-return, no-untyped-call]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

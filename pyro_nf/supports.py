@@ -112,20 +112,21 @@ class Interval(Transform):
     domain = constraints.real
     sign = +1
 
-    def __init__(self, codomain: constraints.Constraint) -> None:
+    def __init__(self, codomain: Any) -> None:
         super().__init__()
-        self.codomain: Any = codomain
-        upper = torch.as_tensor(codomain.upper_bound)  # type: ignore[attr-defined]
+        self.codomain = codomain
+        self._lower, upper = codomain.lower_bound, torch.as_tensor(codomain.upper_bound)
         self._infinite = upper.isinf()
         # Any number in the place of infinity: the entries that are not used have a gradient, too.
-        self._width = torch.where(self._infinite, 1.0, upper - self.codomain.lower_bound)
+        self._width = torch.where(self._infinite, 1.0, upper - self._lower)
 
     def _call(self, x: Tensor) -> Tensor:
         unit = torch.where(self._infinite, _exp(x), _sigmoid(x))
-        return self.codomain.lower_bound + self._width * unit  # type: ignore[no-any-return]
+        value: Tensor = self._lower + self._width * unit
+        return value
 
     def _inverse(self, y: Tensor) -> Tensor:
-        unit = (y - self.codomain.lower_bound) / self._width
+        unit = (y - self._lower) / self._width
         return torch.where(self._infinite, _exp.inv(unit), _sigmoid.inv(torch.where(self._infinite, 0.5, unit)))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -182,8 +183,10 @@ def _bijection(support: Any) -> Any:
         return _bijection(support.base_constraint)
     if isinstance(support, constraints.interval):
         infinite = torch.as_tensor(support.upper_bound).isinf()
+        if may_hold(infinite) and may_hold(~infinite):
+            return Interval(support)
         if may_hold(infinite):
-            return Interval(support) if may_hold(~infinite) else biject_to(constraints.greater_than(support.lower_bound))
+            return biject_to(constraints.greater_than(support.lower_bound))
     if support is dist.constraints.lower_cholesky:
         return Entries(support, ExpTransform())
     if support is dist.constraints.softplus_lower_cholesky:
@@ -200,4 +203,3 @@ def _bijection(support: Any) -> Any:
         factor = Entries(dist.constraints.lower_cholesky, ExpTransform())
         return ComposeTransform([factor, CholeskyTransform().inv])
     return biject_to(support)
-

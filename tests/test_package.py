@@ -10,8 +10,9 @@ import pytest
 from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["arguments", "networks", "flows", "distributions", "rewrites", "supports"]
-ROOMS += ["batching", "noise", "tracing", "coordinates", "density", "modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
+ROOMS = ["arguments", "networks", "flows", "distributions", "rewrites", "supports", "batching", "noise", "tracing"]
+ROOMS += ["coordinates", "density", "modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides"]
+ROOMS += ["models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 
