@@ -12,6 +12,7 @@ import threading
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import TracebackType
 from typing import Any
@@ -23,7 +24,7 @@ from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_funct
 from torch.autograd import Function
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from pyro_nf.rewrites import REWRITES, Rewrite, is_batched
 
@@ -76,35 +77,34 @@ class Batchable(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Run `func`, or what replaces it."""
-        kwargs = kwargs or {}
-        if func in _MAKERS:
-            made = func(*args, **kwargs)
-            self._made[id(made)] = weakref.ref(made)
-            return made
-        if func in _NUMBERS:
-            return self._number(func, *args, **kwargs)
-        if func is _IS_VALID:
-            return True
-        if func == _DATA and _functorch.is_functorch_wrapped_tensor(args[0]):
-            return args[0].detach()
-        if func is Tensor.__setitem__:
-            return self._set(*args)
-        if func in _IN_TWO and is_batched(args[0]):
-            return args[0].copy_(_IN_TWO[func](*args, **kwargs))
-        if _is_in_place(func):
-            return self._write(func, *args, **kwargs)
-        return func(*args, **kwargs)
+        rule = _rule(func)
+        if rule is None:
+            return func(*args, **(kwargs or {}))
+        return rule(self, func, *args, **(kwargs or {}))
 
-    def _set(self, x: Tensor, index: Any, value: Any) -> None:
+    def _make(self, func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        made: Tensor = func(*args, **kwargs)
+        self._made[id(made)] = weakref.ref(made)
+        return made
+
+    def _is_valid(self, func: Any, x: Tensor) -> bool:
+        return True
+
+    def _data(self, func: Any, x: Tensor, *args: Any) -> Any:
+        return x.detach() if _functorch.is_functorch_wrapped_tensor(x) else func(x, *args)
+
+    def _set(self, func: Any, x: Tensor, index: Any, value: Any) -> None:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
         if is_mask and isinstance(value, int | float) and x.shape[: index.dim()] == index.shape:
             mask = index[(...,) + (None,) * (x.dim() - index.dim())]
             self._write(Tensor.copy_, x, x.masked_fill(mask, value))
         else:
-            self._write(Tensor.__setitem__, x, index, value)
+            self._write(func, x, index, value)
 
     def _write(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Write in place; what all draws share, and the model alone holds, is first made each draw's own."""
+        if func in _IN_TWO and is_batched(x):
+            return x.copy_(_IN_TWO[func](x, *args, **kwargs))
         try:
             return func(x, *args, **kwargs)
         except RuntimeError:
@@ -159,6 +159,12 @@ class Batchable(TorchFunctionMode):
     def _is_known(self, held: Tensor, node: Any) -> bool:
         literal = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
         return literal or (self._fixed and not held.requires_grad)
+
+
+def batchable() -> AbstractContextManager[Any]:
+    """Return the mode to run under: a `Batchable`, or none where one is there already."""
+    there = any(isinstance(mode, Batchable) for mode in _get_current_function_mode_stack())
+    return nullcontext() if there else Batchable()
 
 
 class _Rewriting:
@@ -265,11 +271,21 @@ def culprit(error: BaseException) -> str:
 
 
 @cache
-def _is_in_place(func: Any) -> bool:
+def _rule(func: Any) -> Callable[..., Any] | None:
+    """Return the rule of `Batchable` for a function of torch, if there is one."""
+    if func in _MAKERS:
+        return Batchable._make
+    if func in _NUMBERS:
+        return Batchable._number
+    if func == _IS_VALID:
+        return Batchable._is_valid
+    if func == _DATA:
+        return Batchable._data
+    if func == Tensor.__setitem__:
+        return Batchable._set
     name = getattr(func, "__name__", "")
-    if getattr(Tensor, name, None) is not func:
-        return False
-    return name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    in_place = name in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return Batchable._write if in_place and getattr(Tensor, name, None) is func else None
 
 
 def _unwrapped(x: Tensor) -> Tensor:

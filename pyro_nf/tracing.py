@@ -19,7 +19,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.batching import Batchable, culprit
+from pyro_nf.batching import batchable, culprit
 from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
@@ -90,7 +90,7 @@ class Program:
         """
         key = signature(args, kwargs)
         if key not in self._structures:
-            with torch.no_grad(), poutine.block(), Batchable():
+            with torch.no_grad(), poutine.block(), batchable():
                 # A first call lets an automatic guide set itself up, and report what is wrong with the model.
                 self.guide(*args, **kwargs)
                 count = CountedNoise()
@@ -210,7 +210,7 @@ def run_model(
     model: Callable[..., Any], latents: poutine.Trace, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> poutine.Trace:
     """Run a model on the latents of a trace; return its trace."""
-    with Batchable():
+    with batchable():
         return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs))
 
 
@@ -244,7 +244,7 @@ def log_prob_sum(trace: poutine.Trace) -> Tensor:
 
 
 def _compute_log_prob(trace: poutine.Trace) -> None:
-    with Batchable():
+    with batchable():
         trace.compute_log_prob()
 
 
