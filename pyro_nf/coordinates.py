@@ -55,7 +55,7 @@ def model_log_density(
 
     def log_density(point: Tensor) -> Tensor:
         place = _AtPoint(point)
-        with running(), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
+        with running(fixed=True), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
             model(*args, **kwargs)
         return place.log_det + log_prob_sum(fill_masked(capture.trace), has_coordinates=True)
 

@@ -10,9 +10,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from pyro_nf.factorizations import NEVER_RAISING
+from pyro_nf.batching import Batchable, batchable
 
 _IN_PLACE_DRAWS = {
     getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
@@ -20,37 +19,19 @@ _IN_PLACE_DRAWS = {
 _NORMAL_DRAWS = {Tensor.normal_, torch.randn, torch.randn_like}
 
 
-class BatchedWrites(TorchFunctionMode):
-    """Let a model be what `vmap` can batch, and what no single draw can end.
-
-    `x[mask] = number`, as torch's Multinomial has it, is batched; a factorization that fails for some draws is NaN for
-    these, and does not raise.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, or what replaces it."""
-        kwargs = kwargs or {}
-        if func is Tensor.__setitem__ and isinstance(args[2], int | float):
-            x, mask, number = args
-            if isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == x.shape:
-                return x.copy_(x.masked_fill(mask, number))
-        replacement = NEVER_RAISING.get(func)
-        if replacement is not None and kwargs.get("out") is None:
-            return replacement(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
 @contextmanager
-def running() -> Iterator[None]:
-    """Hold wherever a model or a guide runs: `BatchedWrites`, and no checks of values, which cannot be batched."""
+def running(fixed: bool = False) -> Iterator[None]:
+    """Hold wherever a model or a guide runs: a `Batchable`, and no checks of values, which cannot be batched.
+
+    Args:
+        fixed: As of `Batchable`.
+    """
     # 0 is as good as False for Pyro, and tells a user's own `validate_args=False` from it.
-    with pyro.validation_enabled(0), BatchedWrites():
+    with pyro.validation_enabled(0), batchable(fixed):
         yield
 
 
-class CountedNoise(BatchedWrites):
+class CountedNoise(Batchable):
     """Count the normals that are drawn.
 
     Attributes:
@@ -74,7 +55,7 @@ class CountedNoise(BatchedWrites):
         return result
 
 
-class GivenNoise(BatchedWrites):
+class GivenNoise(Batchable):
     """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
 
     Args:
@@ -100,8 +81,6 @@ class GivenNoise(BatchedWrites):
         elif func is torch.binomial and args:
             # Its count, too: `vmap` makes an output of the count's shape.
             args = (args[0] + self.zero.to(args[0].dtype), *args[1:])
-        elif func is Tensor.clamp_:  # of torch's gamma draws: the same in two operations that vmap can batch
-            return args[0].copy_(torch.clamp(*args, **kwargs))
         return super().__torch_function__(func, types, args, kwargs)
 
     def _normal(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -11,13 +11,17 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import (
     ComposeTransform,
     ExpTransform,
+    SigmoidTransform,
     SoftplusTransform,
     Transform,
     identity_transform,
 )
 
+from pyro_nf.rewrites import may_hold
+
 # Densities of angles, which torch declares on the whole real line, where they repeat for ever and have no integral.
 _PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)
+_exp, _sigmoid = ExpTransform(), SigmoidTransform()
 _WRAPPERS = (dist.Independent, dist.MaskedDistribution, dist.ExpandedDistribution)
 
 
@@ -95,6 +99,42 @@ class Entries(Transform):
         return torch.Size((*shape[:-2], dim * (dim + 1) // 2))
 
 
+class Interval(Transform):
+    r"""Map real numbers to an interval, entry by entry: where its upper bound is finite by a sigmoid, else by exp.
+
+    torch's map has no values where the bound is infinite, and which it is cannot be asked where `vmap` batches bounds.
+
+    Args:
+        codomain: The interval.
+    """
+
+    bijective = True
+    domain = constraints.real
+    sign = +1
+
+    def __init__(self, codomain: Any) -> None:
+        super().__init__()
+        self.codomain = codomain
+        self._lower, upper = codomain.lower_bound, torch.as_tensor(codomain.upper_bound)
+        self._infinite = upper.isinf()
+        # Any number in the place of infinity: the entries that are not used have a gradient, too.
+        self._width = torch.where(self._infinite, 1.0, upper - self._lower)
+
+    def _call(self, x: Tensor) -> Tensor:
+        unit = torch.where(self._infinite, _exp(x), _sigmoid(x))
+        value: Tensor = self._lower + self._width * unit
+        return value
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        unit = (y - self._lower) / self._width
+        return torch.where(self._infinite, _exp.inv(unit), _sigmoid.inv(torch.where(self._infinite, 0.5, unit)))
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the log-slopes, of the shape of `x`."""
+        log_slope: Tensor = self._width.log() + torch.where(self._infinite, x, _sigmoid.log_abs_det_jacobian(x, y))
+        return log_slope
+
+
 def bijection(site: dict[str, Any]) -> Transform:
     """Return the bijection from real coordinates to the support of a site of a trace.
 
@@ -109,16 +149,19 @@ def bijection(site: dict[str, Any]) -> Transform:
         if "bijection" not in site:
             site["bijection"] = _bijection(_support(site["fn"]))
     except NotImplementedError:
-        support = site["fn"].support
-        if "sphere" in repr(support).lower():
+        try:
+            support = repr(site["fn"].support)
+            what = f"has support {support}, which the real line has no bijection to"
+        except NotImplementedError:  # as of a GaussianScaleMixture
+            support = ""
+            what = "has a distribution that declares no support"
+        if "sphere" in support.lower():
             remedy = (
                 f"with ProjectedNormal, use pyro.poutine.reparam(model, {{{site['name']!r}: ProjectedNormalReparam()}})"
             )
         else:
             remedy = "sample what it is made of, or register a bijection with torch.distributions.biject_to"
-        raise ValueError(
-            f"site {site['name']!r} has support {support!r}, which the real line has no bijection to: {remedy}"
-        ) from None
+        raise ValueError(f"site {site['name']!r} {what}: {remedy}") from None
     transform: Transform = site["bijection"]
     return transform
 
@@ -138,8 +181,12 @@ def _bijection(support: Any) -> Any:
         return dist.transforms.IndependentTransform(base, support.reinterpreted_batch_ndims)
     if hasattr(support, "base_constraint"):  # of a mixture
         return _bijection(support.base_constraint)
-    if isinstance(support, constraints.interval) and _is_infinite(support.upper_bound):
-        return biject_to(constraints.greater_than(support.lower_bound))
+    if isinstance(support, constraints.interval):
+        infinite = torch.as_tensor(support.upper_bound).isinf()
+        if may_hold(infinite) and may_hold(~infinite):
+            return Interval(support)
+        if may_hold(infinite):
+            return biject_to(constraints.greater_than(support.lower_bound))
     if support is dist.constraints.lower_cholesky:
         return Entries(support, ExpTransform())
     if support is dist.constraints.softplus_lower_cholesky:
@@ -156,7 +203,3 @@ def _bijection(support: Any) -> Any:
         factor = Entries(dist.constraints.lower_cholesky, ExpTransform())
         return ComposeTransform([factor, CholeskyTransform().inv])
     return biject_to(support)
-
-
-def _is_infinite(bound: Any) -> bool:
-    return bool(torch.as_tensor(bound).isinf().all())

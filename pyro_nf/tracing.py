@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_nf.arguments import check_callable
+from pyro_nf.batching import culprit
 from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
+from pyro_nf.rewrites import is_batched
 from pyro_nf.validity import (
     bounds,
     can_fail,
@@ -229,19 +231,20 @@ class Program:
 
         noise = draws.noise
         zeros = noise.new_zeros(len(noise))
-        obstacle = ""
+        obstacle, who = "", ""
         if self.vectorized:
             try:
                 return torch.func.vmap(particle, randomness="different")(noise, zeros)
             except RuntimeError as error:
-                obstacle = str(error).splitlines()[0]
+                obstacle, who = str(error).splitlines()[0], culprit(error)
         # which raises, too, where the model itself is at fault
         results = [particle(row, zero) for row, zero in zip(noise, zeros, strict=True)]
         if obstacle:
             self.vectorized = False
+            usual = " (Usual causes: .item() or .numpy(), control flow that depends on a value.)"
             warnings.warn(
-                f"the model cannot be batched over draws and runs them one by one, which is slow: {obstacle} "
-                "(Usual causes: .item() or .numpy(), control flow that depends on a value, in-place writes.)",
+                f"{who} cannot be batched over draws, which run one by one, slowly: {obstacle}"
+                f"{usual if who == 'the model' else ''}",
                 stacklevel=2,
             )
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -460,7 +463,7 @@ def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> 
 
     def varies(tensor: Tensor) -> bool:
         """Whether a tensor may depend on the draw: where draws are batched, what is not in the batch does not."""
-        return everything or trained or not in_batch or _is_batched(tensor)
+        return everything or trained or not in_batch or is_batched(tensor)
 
     for name, site in trace.nodes.items():
         if not (is_latent(site) or is_data(site)):
@@ -478,14 +481,6 @@ def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> 
             inside = holds(support, site["value"], closed=True)
             inside = inside | ~mask if isinstance(mask, Tensor) else inside
             yield name, f"its value is outside the support of {type(leaf).__name__}", _all(inside)
-
-
-def _is_batched(tensor: Tensor) -> bool:
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        if torch._C._functorch.is_batchedtensor(tensor):
-            return True
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-    return False
 
 
 def _obstacles(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_nf.batching import Batchable
 from pyro_nf.density import Density, Together
-from pyro_nf.noise import BatchedWrites
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -154,7 +154,7 @@ def test_a_multinomial_is_batched():
     counts = torch.tensor([5.0, 3.0, 0.0, 8.0])
 
     def log_density(x):
-        with BatchedWrites():
+        with Batchable():
             return torch.distributions.Multinomial(16, logits=x, validate_args=False).log_prob(counts)
 
     density = Density(log_density)
