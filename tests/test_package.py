@@ -10,8 +10,19 @@ import pytest
 from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["arguments", "networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates", "density"]
-ROOMS += ["modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
+ROOMS = ["arguments", "waits", "networks", "flows", "distributions", "supports", "noise", "tracing", "coordinates"]
+ROOMS += [
+    "density",
+    "pairs",
+    "modes",
+    "normals",
+    "transport",
+    "objectives",
+    "diagnostics",
+    "inference",
+    "guides",
+    "models",
+]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 
