@@ -1,5 +1,6 @@
 """How the steps of a fit run: plain, recorded as a graph, or compiled."""
 
+import math
 import time
 import warnings
 from collections import Counter
@@ -65,6 +66,7 @@ class Execution:
         self.form, self.reason, self.seconds = "plain", "", 0.0
         self._known: dict[Any, PlainSteps | GraphSteps] = {}
         self._uses: Counter[Any] = Counter()
+        self._seen: set[Any] = set()
         self._num_renewals = 0
 
     def steps(
@@ -80,7 +82,7 @@ class Execution:
 
         What a model computes in Python, from its own attributes or from data, is part of a recorded step as it was when
         that was recorded. So the step is compared with the plain one: where `check` asks for it and, of data that are
-        not fixed, at the second use of a recorded step, the fourth, the eighth, ... Where they differ it is recorded
+        not fixed, at the second, third, fifth, eighth ... use of a recorded step. Where they differ it is recorded
         anew; from the fourth time on, all steps run plain, with one warning.
 
         Args:
@@ -109,7 +111,7 @@ class Execution:
         if check:
             self.objective.refresh()
         new = key not in self._known
-        due = not new and self.mode is not False and (check or (not fixed and _is_power_of_two(self._uses[key])))
+        due = not new and self.mode is not False and (check or (not fixed and is_now_and_then(self._uses[key])))
         # All processes compare and prepare when one has to, for they choose the form together; none asks where plain
         # steps are all that is wanted.
         anywhere: Callable[[bool], bool] = bool if self.mode is False else self.ranks.any
@@ -153,6 +155,7 @@ class Execution:
     def _renew(self, changed: str) -> None:
         """Forget what was recorded: all of it, for what has changed may be part of it."""
         self._known.clear()
+        self._uses.clear()  # and compare as often as at first
         self._num_renewals += 1
         if self._num_renewals > _MAX_RENEWALS and self.ranks.index == 0:
             warnings.warn(
@@ -163,7 +166,9 @@ class Execution:
             )
 
     def _warn_of_shapes(self, key: Any, leaves: Leaves) -> None:
-        if self._uses[key] == 1 and leaves and self._known and self.mode is not False and self.ranks.index == 0:
+        unseen = key not in self._seen
+        self._seen.add(key)
+        if unseen and leaves and self._known and self.mode is not False and self.ranks.index == 0:
             warnings.warn(
                 f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
                 stacklevel=7,
@@ -251,5 +256,7 @@ def _free(params: Sequence[Tensor]) -> Tensor:
     return torch.cat([torch.full_like(param, param.requires_grad, dtype=torch.bool).reshape(-1) for param in params])
 
 
-def _is_power_of_two(number: int) -> bool:
-    return number > 1 and number & (number - 1) == 0
+def is_now_and_then(number: int) -> bool:
+    """Whether this is one of 2, 3, 5, 8, 13, ..., Fibonacci's numbers: ever rarer, and in step with no period."""
+    five = 5 * number * number
+    return number > 1 and any(math.isqrt(square) ** 2 == square for square in (five - 4, five + 4))

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import numbers
 import os
 import time
 import warnings
@@ -27,7 +28,7 @@ from pyro_nf.arguments import (
 )
 from pyro_nf.density import Density
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
-from pyro_nf.inference.execution import Execution, Steps
+from pyro_nf.inference.execution import Execution, Steps, is_now_and_then
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.ranks import Ranks
@@ -434,9 +435,8 @@ class FlowSVI:
 
         Callbacks and objectives of the user's may change what a step does at any time; otherwise now and then will do.
         """
-        number = len(fit.evaluations)
         own = type(self.objective).__module__ != ELBO.__module__
-        return bool(self.callbacks) or own or (number > 1 and number & (number - 1) == 0)
+        return bool(self.callbacks) or own or is_now_and_then(len(fit.evaluations))
 
     def _sentence(self, status: Status, step: int, plateau_step: int | None) -> str:
         """Say how a single fit ended."""
@@ -458,8 +458,13 @@ class FlowSVI:
     def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
         """The pair's structure; where the model fails on arguments that are no tensors, say which these are."""
         try:
-            return self.program.structure(args, kwargs)
-        except (TypeError, AttributeError, RuntimeError) as error:
+            structure = self.program.structure(args, kwargs)
+            for name, site in structure.particle.model.nodes.items():
+                if is_data(site) and not isinstance(site["value"], (Tensor, numbers.Number)):
+                    kind = type(site["value"]).__name__
+                    raise ValueError(f"site {name!r} observes a {kind}: it must be a tensor, torch.as_tensor(...)")
+            return structure
+        except (TypeError, AttributeError, RuntimeError, ValueError) as error:
             explain_failure(self.program.model, args, kwargs, error)
             raise
 
