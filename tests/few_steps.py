@@ -5,13 +5,15 @@ Python starts its interactive sessions, notebooks among them, with the file that
 """
 
 import dataclasses
+import inspect
 from typing import Any
 
 from pyro_nf.diagnostics import correction, diagnose
 from pyro_nf.inference import FlowSVI
 
 _NUM_STEPS = 10
-_init, _judge, _defaults = FlowSVI.__init__, correction.judge, dict(diagnose.__kwdefaults__)
+_diagnose: Any = inspect.unwrap(diagnose)
+_init, _judge, _defaults = FlowSVI.__init__, correction.judge, dict(_diagnose.__kwdefaults__)
 
 
 def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
@@ -23,10 +25,10 @@ def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
 def undo() -> None:
     """Fit in earnest again."""
     FlowSVI.__init__, correction.judge = _init, _judge  # type: ignore[method-assign]
-    diagnose.__kwdefaults__.update(_defaults)
+    _diagnose.__kwdefaults__.update(_defaults)
 
 
 FlowSVI.__init__ = _few  # type: ignore[method-assign]
 # Guides that are not fitted are not refused.
 correction.judge = lambda weights: dataclasses.replace(_judge(weights), reliable=True)
-diagnose.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)
+_diagnose.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)

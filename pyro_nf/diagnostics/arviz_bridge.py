@@ -18,6 +18,7 @@ from pyro_nf.diagnostics.arviz_versions import inference_data
 from pyro_nf.diagnostics.diagnosis import judge
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
+from pyro_nf.waits import one_at_a_time
 
 if TYPE_CHECKING:
     import xarray
@@ -38,6 +39,7 @@ class Fitted(Protocol):
         """The ELBO estimate of each step, `(steps,)`."""
 
 
+@one_at_a_time
 def to_arviz(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_nf.diagnostics.simulation import Unconditioned, check_options, drawn_data, is_factor, prior
 from pyro_nf.diagnostics.weights import Floats, require_whole_data
 from pyro_nf.tracing import Particle, Program, is_data, is_latent
+from pyro_nf.waits import one_at_a_time
 
 Ints = npt.NDArray[np.int64]
 Ranks = dict[str, Ints]
@@ -83,6 +84,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@one_at_a_time
 def calibrate(
     model: Callable[..., Any],
     fit: Callable[[Callable[[], Any]], Callable[..., Any]],

@@ -13,6 +13,7 @@ from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics.diagnosis import judge
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
+from pyro_nf.waits import one_at_a_time
 
 Method = Literal["resample", "psis", "imh"]
 
@@ -43,6 +44,7 @@ class CorrectedPosterior:
         return f"{len(self.log_weights)} draws by {self.method}: k-hat {self.khat:.2f}, ESS {self.ess:.0f}{chain}"
 
 
+@one_at_a_time
 def corrected_posterior(
     model: Callable[..., Any],
     guide: Callable[..., Any],

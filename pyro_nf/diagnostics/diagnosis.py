@@ -18,6 +18,7 @@ from pyro_nf.diagnostics.stein import SteinResidual, stein_residual
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
 from pyro_nf.modes import find_modes, starting_points
 from pyro_nf.tracing import Particle, Program
+from pyro_nf.waits import one_at_a_time
 
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
@@ -76,6 +77,7 @@ class Diagnosis(WeightSummary):
         )
 
 
+@one_at_a_time
 def diagnose(
     model: Callable[..., Any],
     guide: Callable[..., Any],

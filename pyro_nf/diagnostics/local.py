@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyro_nf.diagnostics.weights import require_whole_data
 from pyro_nf.tracing import Particle, Program, is_data, is_latent, local_log_prob, local_plate
+from pyro_nf.waits import one_at_a_time
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class LocalEvidence:
     num_samples: int
 
 
+@one_at_a_time
 def local_evidence(
     model: Callable[..., Any],
     guide: Callable[..., Any],

@@ -320,7 +320,7 @@ class IntegerConstants(TorchDispatchMode):
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
         of_data = self.is_of_data(tensors)
-        if of_data and torch.Tag.dynamic_output_shape in func.tags:
+        if of_data and _has_shape_of_values(func, args):
             raise GraphError("shapes depend on the values of data, which are others in other minibatches")
         results = func(*args, **kwargs)
         for result in pytree.tree_leaves(results):
@@ -334,6 +334,13 @@ class IntegerConstants(TorchDispatchMode):
     def is_of_data(self, tensors: Sequence[Tensor]) -> bool:
         """Whether one of these tensors was computed from data that are inputs."""
         return any(id(tensor) in self._of_data for tensor in tensors)
+
+
+def _has_shape_of_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of an operation's result depends on values; that of an index, on those of masks alone."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
 
 
 class _WithoutReading(TorchFunctionMode):

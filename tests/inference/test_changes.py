@@ -310,3 +310,16 @@ def test_a_step_that_can_no_longer_be_recorded_runs_plain_and_says_so(monkeypatc
     svi = FlowSVI(model, AutoNormal(model), compile=True, callbacks=[change], **OPTIONS)
     with pytest.warns(UserWarning, match="the step runs plain, not compiled: no more"):
         assert svi.run(Y).execution == "plain"
+
+
+def test_a_model_that_counts_its_runs_is_not_recorded():
+    runs = []
+
+    def counting(y):
+        runs.append(0)
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        pyro.sample("y", dist.Normal(mu, 1.0 + 10.0 / len(runs)).expand([5]).to_event(1), obs=y)
+
+    svi = FlowSVI(counting, AutoNormal(counting), compile=True, **OPTIONS)
+    with pytest.warns(UserWarning, match="the step runs plain, not compiled: the graph's results differ"):
+        assert svi.run(Y).execution == "plain"
