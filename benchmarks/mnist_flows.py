@@ -37,7 +37,7 @@ from torch import nn
 from pyro_nf.diagnostics import local_evidence
 from pyro_nf.flows import Householder, stacks
 from pyro_nf.guides import AmortizedFlow
-from pyro_nf.inference import FlowSVI
+from pyro_nf.inference import FlowSVI, Status
 from pyro_nf.models import VAE, load_static_mnist
 from pyro_nf.networks import GatedLinear, GatedMLP
 from pyro_nf.objectives import WarmUpELBO
@@ -128,7 +128,7 @@ def fit(job, images, folder, progress):
         progress=progress,
     )
     result = (svi.resume if checkpoint.exists() else svi.run)(images.train, batch_size=BATCH)
-    if result.stop_reason.startswith("interrupted"):
+    if result.status is Status.INTERRUPTED:
         raise KeyboardInterrupt
     # The first lap holds the compilation.
     each = sorted(after - before for before, after in pairwise(laps[1:])) or [math.nan]

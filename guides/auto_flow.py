@@ -17,7 +17,6 @@ from torch.distributions import Transform, constraints
 
 from pyro_nf.arguments import check_whole_number, unpacked
 from pyro_nf.calls import takes_model_arguments
-from pyro_nf.coordinates import model_log_density
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
@@ -28,9 +27,10 @@ from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.guides.paced import Paced
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
+from pyro_nf.pairs import paired_density
 from pyro_nf.supports import bijection
-from pyro_nf.tracing import Program
 from pyro_nf.transport import nearest_triangular
+from pyro_nf.waits import Report, silent
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
 _FULL_RANK_DIM = 1000
@@ -163,18 +163,33 @@ class AutoFlow(FlowGuide, AutoContinuous):
         num_starts = check_whole_number("num_starts", num_starts)
         args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
+        self._check_size()  # before the work of a density
+        return self.start_at_modes(self.density(*args, **kwargs), num_starts)
+
+    def _check_size(self) -> None:
         if self.latent_dim > _FULL_RANK_DIM:
             raise ValueError(
                 f"warm_start takes up to {_FULL_RANK_DIM} coordinates, for it needs their whole Hessian; "
                 f"the model has {self.latent_dim}"
             )
-        return self._warm_start(self.density(*args, **kwargs), num_starts)
 
-    def _warm_start(self, density: Density, num_starts: int) -> Starts:
+    @torch.no_grad()
+    def start_at_modes(self, density: Density, num_starts: int, report: Report = silent) -> Starts:
+        """`warm_start` on the modes of a given density over the coordinates, such as `density` returns.
+
+        Args:
+            density: The density.
+            num_starts: As in `warm_start`.
+            report: Is told after each evaluation; false ends the climbs where they are.
+
+        Raises:
+            ValueError: If there are more than 1,000 coordinates.
+        """
+        self._check_size()
         affine: Any = self.flow.flows[-1]
         here, _ = affine.as_matrix()
         points = torch.cat([here[None], starting_points(num_starts - 1, here)])
-        starts = find_starts(density, self.get_posterior(), points)
+        starts = find_starts(density, self.get_posterior(), points, report)
         if starts.modes:
             best = starts.modes[0]
             affine.assign(best.loc, best.scale_tril)
@@ -183,19 +198,23 @@ class AutoFlow(FlowGuide, AutoContinuous):
         return starts
 
     def density(self, *args: Any, **kwargs: Any) -> Density:
-        """Return the model's log density over the unconstrained coordinates, for many points at once.
+        """Return the log density of the guide's own model over the unconstrained coordinates, for many points at once.
+
+        That of another model with the same latents: `pyro_nf.pairs.paired_density`.
 
         Args:
             *args: The model's arguments.
             **kwargs: The model's keyword arguments. A subsampled plate has one minibatch.
         """
-        program = Program(self._plain_model[0], self)
-        indices = program.draw(1, args, kwargs).indices
-        log_density = model_log_density(self._plain_model[0], args, kwargs, indices)
-        return Density(log_density, program.num_numbers(args, kwargs))
+        return paired_density(self._plain_model[0], self, args, kwargs)
+
+    def latent_sites(self) -> dict[str, dict[str, Any]]:
+        """Return the latent sites, as in a trace of the guide's own model, in the order of the coordinates."""
+        self._check_ready()
+        return dict(self.prototype_trace.iter_stochastic_nodes())
 
     @torch.no_grad()
-    def fit_normal(self, density: Density, num_starts: int) -> tuple[Starts, Tensor]:
+    def fit_normal(self, density: Density, num_starts: int, report: Report = silent) -> tuple[Starts, Tensor]:
         """Fit the affine layer alone: the normal that is nearest to the posterior, from the best of several modes.
 
         A mixture stays on the modes.
@@ -203,37 +222,39 @@ class AutoFlow(FlowGuide, AutoContinuous):
         Args:
             density: The model's, of `density`.
             num_starts: As in `warm_start`, which comes first.
+            report: Is told the ELBO on the way; false ends the fit with what there is.
 
         Returns:
             What the warm start found, and the ELBO at each step.
         """
         affine: Any = self.flow.flows[-1]
         candidates = [affine.as_matrix()]
-        starts = self._warm_start(density, num_starts)
+        starts = self.start_at_modes(density, num_starts, report)
         if starts.modes and isinstance(self.base, MixtureBase):
             return starts, torch.tensor([starts.modes[0].elbo])
         if starts.modes:
             best = starts.modes[0]
             # The neck of a funnel, which is no mode, may be a worse start than none.
             candidates = [(best.loc, best.scale_tril), *(() if best.converged else candidates)]
-        found = [nearest_normal(density, *candidate) for candidate in candidates]
+        found = [nearest_normal(density, loc, scale_tril, report) for loc, scale_tril in candidates]
         loc, scale_tril, elbos = max(found, key=lambda normal: normal_elbo(density, *normal[:2]))
         affine.assign(loc, scale_tril)
         return starts, elbos
 
     @torch.no_grad()
-    def fit_curve(self, density: Density) -> Tensor:
+    def fit_curve(self, density: Density, report: Report = silent) -> Tensor:
         """Curve the normal that `fit_normal` left: give it the skewness, scales and bends of the posterior.
 
         Args:
             density: The model's, of `density`.
+            report: Is told the ELBO on the way; false ends the fit with what there is.
 
         Returns:
             The ELBO at each step.
         """
         affine: Any = self.flow.flows[-1]
         loc, scale_tril = affine.as_matrix()
-        curve, elbos = nearest_triangular(density, loc, scale_tril, bends=affine.curve.bends)
+        curve, elbos = nearest_triangular(density, loc, scale_tril, affine.curve.bends, report)
         affine.assign(loc, scale_tril, curve)
         return elbos
 

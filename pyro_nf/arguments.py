@@ -20,6 +20,9 @@ from typing import (
     get_origin,
 )
 
+import numpy as np
+import torch
+from pyro import poutine
 from torch import Tensor
 
 
@@ -151,6 +154,60 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], also: str = "") 
     )
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"{name} must be {listed}; got {_shown(value)}{hint}")
+
+
+def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return a model's arguments by the names of its parameters, defaults too; by number where it tells no names."""
+    try:
+        bound = inspect.signature(getattr(model, "forward", model)).bind(*args, **kwargs)
+    except (TypeError, ValueError):
+        return {f"argument {number + 1}": value for number, value in enumerate(args)} | kwargs
+    bound.apply_defaults()
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            found |= {f"{name}[{number}]": item for number, item in enumerate(value)}
+        else:
+            found |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    return found
+
+
+def explain_failure(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> None:
+    """Raise a `ValueError` if a model that failed runs once its lists and NumPy arrays are tensors."""
+    found = [
+        (name, value) for name, value in named_arguments(model, args, kwargs).items() if _as_tensor(value) is not None
+    ]
+    if not found:
+        return
+    try:
+        with poutine.block(), torch.no_grad(), torch.random.fork_rng():
+            model(*map(_or_tensor, args), **{name: _or_tensor(value) for name, value in kwargs.items()})
+    except Exception:  # these arguments are not what it fails for
+        return
+    names = " and ".join(name for name, _ in found)
+    kinds = " and ".join(
+        dict.fromkeys("NumPy array" if isinstance(v, np.ndarray) else type(v).__name__ for _, v in found)
+    )
+    raise ValueError(
+        f"the model's data must be tensors, on which it runs; got a {kinds} for {names}: pass torch.as_tensor(...)"
+    ) from error
+
+
+def _as_tensor(value: Any) -> torch.Tensor | None:
+    """Return a list, tuple or array of numbers as a tensor, floating point numbers in the default dtype."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return None
+    try:
+        tensor = torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return tensor.to(torch.get_default_dtype()) if tensor.is_floating_point() else tensor
+
+
+def _or_tensor(value: Any) -> Any:
+    tensor = _as_tensor(value)
+    return value if tensor is None else tensor
 
 
 def _shown(value: Any) -> str:

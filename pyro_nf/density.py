@@ -23,6 +23,8 @@ _MAX_VALUES, _HELD_NUMBERS = 1000, 2**19
 _MANY_COORDINATES = 256
 # Operations from which on TorchScript, which takes a while to make, is faster over some hundred calls.
 _MANY_OPERATIONS = 1000
+# How often a density that changes is recorded anew.
+_MAX_RENEWALS = 3
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 Ask = Callable[[Tensor], tuple[Tensor, ...]]
@@ -57,6 +59,7 @@ class Density:
         self._single = _single(self.log_density)
         self._batch: Gradients | None = None
         self._graph: GraphModule | None = None
+        self._num_renewals = 0
 
     @torch.no_grad()
     def values(self, points: Tensor) -> Tensor:
@@ -92,11 +95,43 @@ class Density:
         same_size = self._graph is not None and num_points == self.size
         return self._graph if same_size else torch.func.vmap(self._single, randomness="different")  # type: ignore[return-value]
 
+    @torch.no_grad()
+    def renew(self, points: Tensor) -> bool:
+        """Record anew if the function itself is no longer what was recorded of it, as where a model's numbers change.
+
+        Args:
+            points: Where they are compared, `(num_points, dim)`, some of the first.
+
+        Returns:
+            Whether they differ.
+        """
+        if self._graph is None or self._batch is None:
+            return False
+        full = self._filled(points[: self.size])
+        plain: Gradients = torch.func.vmap(self._single, randomness="different")
+        pairs = list(zip(plain(full), self._batch(full), strict=True))
+        if all(map(_alike, *zip(*pairs, strict=True))):
+            return False
+        self._batch, self._graph, self.is_long = None, None, False
+        self._num_renewals += 1
+        if self._num_renewals > _MAX_RENEWALS:
+            self._batch = plain
+            warnings.warn(
+                f"the model's log density has changed {self._num_renewals} times, and is not recorded again: it runs "
+                "plain from here on, which is slower (a number that changes during a fit should be a tensor, changed "
+                "in place)",
+                stacklevel=2,
+            )
+        return True
+
+    def _filled(self, points: Tensor) -> Tensor:
+        """Repeat the last point until there are as many as a graph takes."""
+        return torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
+
     def _part(self, points: Tensor) -> tuple[Tensor, Tensor]:
         if points.shape[1] > _MANY_COORDINATES and len(points) < self.size // 4 and self.vectorized:
             return self.batch(len(points))(points)  # what would fill a graph costs more here than handlers do
-        # A graph is of one size: the last point is repeated to fill it.
-        full = torch.cat([points, points[-1:].expand(self.size - len(points), -1)])
+        full = self._filled(points)  # a graph is of one size
         if self._batch is None and self.vectorized:
             self._batch = self._record(full)
         if self._batch is not None:
@@ -145,6 +180,12 @@ def _never_raising(log_density: LogDensity) -> LogDensity:
             return log_density(point)
 
     return run
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two results differ by no more than rounding, in units of the largest."""
+    size = float(one.abs().nan_to_num(posinf=0.0).amax()) if one.numel() else 0.0
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-5 * size, equal_nan=True)
 
 
 @torch.library.custom_op("pyro_nf::gradients", mutates_args=())

@@ -1,6 +1,7 @@
 """Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
 
 import math
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from pyro_nf.density import Ask, Density, Together
 from pyro_nf.distributions import FlowDistribution
+from pyro_nf.waits import Report, silent
 
 # Starting points lie in this cube, as Stan's do.
 _RADIUS = 2.0
@@ -65,14 +67,19 @@ class Starts(NamedTuple):
         """Whether runs ended at different modes, none of which is negligible."""
         return sum(mode.converged for mode in self.modes) > 1
 
+    @property
+    def without_mode(self) -> bool:
+        """Whether no run ended at a mode from which the guide could start."""
+        return not any(mode.converged for mode in self.modes)
+
     def __str__(self) -> str:
         """One line for people."""
         if not self.modes:
             return f"{self.num_runs} starts: none is better than the guide as it was (ELBO {self.elbo:.3f})"
-        if not any(mode.converged for mode in self.modes):
+        if self.without_mode:
             return (
-                f"{self.num_runs} starts came to no mode; the best normal on their way is better than the guide was "
-                f"(ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
+                f"{self.num_runs} starts ended where the log density still rises; the normal around the best of these "
+                f"points is better than the guide was (ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
             )
         if not self.disagree:
             return f"{self.num_runs} starts agree on one mode (ELBO {self.modes[0].elbo:.3f}; before, {self.elbo:.3f})"
@@ -80,7 +87,7 @@ class Starts(NamedTuple):
         return f"{self.num_runs} starts disagree: {len(self.modes)} modes, with shares {shares} of the evidence"
 
 
-def find_starts(density: Density, posterior: FlowDistribution, points: Tensor) -> Starts:
+def find_starts(density: Density, posterior: FlowDistribution, points: Tensor, report: Report = silent) -> Starts:
     """Climb from each point, and return the modes whose normals have a higher ELBO than the guide's own.
 
     A normal at a mode can be far worse than any other start: the density of a centred hierarchy has no bound, and
@@ -90,10 +97,18 @@ def find_starts(density: Density, posterior: FlowDistribution, points: Tensor) -
         density: The model's.
         posterior: The guide's, as it is.
         points: Where to start, `(num_runs, dim)`.
+        report: Is told after each evaluation; false ends the climbs where they are.
     """
+    num_evaluations = 0
+
+    def advance(ended: int) -> bool:
+        nonlocal num_evaluations
+        num_evaluations += not ended
+        return report("climbs", min(num_evaluations, _MAX_ITERATIONS), _MAX_ITERATIONS, math.nan)
+
     draws = posterior.sample((_NUM_DRAWS,))
     before = _mean(density.values(draws) - posterior.log_prob(draws))
-    found = find_modes(density, points)
+    found = find_modes(density, points, advance)
     kept = [mode for mode in found if mode.elbo > max(before, found[0].elbo + math.log(_NEGLIGIBLE))]
     shares = torch.tensor([mode.elbo for mode in kept], dtype=torch.float64).softmax(0).tolist()
     return Starts(tuple(kept), tuple(shares), before, len(points))
@@ -105,12 +120,15 @@ def find_modes(density: Density, points: Tensor, advance: Callable[[int], object
     Args:
         density: The model's.
         points: Where to start.
-        advance: Called with the number of climbs that have ended since, at each evaluation too, with 0.
+        advance: Called with the number of climbs that have ended since, at each evaluation too, with 0; what returns
+            `False` ends the climbs where they are.
     """
     found: list[Mode] = []
     for loc in _climb(density, points, advance):
         if _joins(found, loc):
             continue
+        if found and advance(0) is False:
+            break
         scale_tril = _scale_tril(density.hessian(loc).double())
         if scale_tril is None:
             continue
@@ -148,10 +166,16 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
 
 def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -> Tensor:
     """Return where L-BFGS ends from each point, `(num_runs, dim)`; the runs take their gradients together."""
+    over = threading.Event()
 
     def evaluate(together: Tensor) -> tuple[Tensor, Tensor]:
-        advance(0)
+        if advance(0) is False:
+            over.set()
         return density.gradients(together)
+
+    def halt(x: np.ndarray) -> None:
+        if over.is_set():
+            raise StopIteration  # which ends a run of L-BFGS where it is
 
     def climb(number: int, gradients: Ask) -> Tensor:
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -163,7 +187,7 @@ def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -
         start = points[number].double().cpu().numpy()
         options = {"maxiter": _MAX_ITERATIONS}
         try:
-            result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options)
+            result = minimize(objective, start, jac=True, method="L-BFGS-B", options=options, callback=halt)
         finally:
             advance(1)
         return torch.as_tensor(result.x).to(points)

@@ -104,6 +104,9 @@ class ELBO(pyro.infer.ELBO):
                 self._temperature = like.new_empty(())
             self._temperature.fill_(value)
 
+    def refresh(self) -> None:
+        """Compare what the objective itself has recorded of the model, if anything, with the model as it is now."""
+
     def estimate(
         self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
@@ -174,6 +177,11 @@ class CoordinateELBO(ELBO):
     def __init__(self, posterior: Callable[[], FlowDistribution], density: Density) -> None:
         super().__init__()
         self.posterior, self.density = posterior, density
+
+    def refresh(self) -> None:
+        """Let the density be recorded anew where the model has changed."""
+        with torch.random.fork_rng():
+            self.density.renew(self.posterior().sample((self.density.size,)))
 
     def estimate(
         self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]

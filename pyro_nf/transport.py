@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_nf.density import Density
 from pyro_nf.flows import Triangular
 from pyro_nf.normals import cut
+from pyro_nf.waits import Report, silent
 
 # Draws of a step; steps at the full rate, and steps whose rates fall, which average; draws that set the order.
 _NUM_DRAWS, _NUM_STEPS, _NUM_AVERAGED, _RATE, _NUM_ORDER = 256, 15, 15, 0.5, 2048
@@ -22,7 +23,7 @@ _SKEW_METRIC = 0.5096
 
 @torch.no_grad()
 def nearest_triangular(
-    density: Density, loc: Tensor, scale_tril: Tensor, bends: bool = True
+    density: Density, loc: Tensor, scale_tril: Tensor, bends: bool = True, report: Report = silent
 ) -> tuple[Triangular, Tensor]:
     r"""Fit `y = m + L c(z)`, z standard normal, to a density: the map c, beginning at the identity.
 
@@ -35,6 +36,7 @@ def nearest_triangular(
         loc: m, `(dim,)`: as of `nearest_normal`.
         scale_tril: L, `(dim, dim)`.
         bends: Whether the map has them.
+        report: Is told the ELBO after each step; false ends the steps.
 
     Returns:
         The map, and the ELBO at each step, `(num_steps,)`.
@@ -66,6 +68,8 @@ def nearest_triangular(
         shorter = (_MAX_MOVE / length.sqrt()).clamp(max=1)
         for param, move in zip(params, moves, strict=True):
             param += shorter * move
+        if not report("natural gradients", step + 1, _NUM_STEPS + _NUM_AVERAGED, float(elbos[-1])):
+            break
     return curve, torch.stack(elbos)
 
 

@@ -4,13 +4,15 @@ Python starts its interactive sessions, notebooks among them, with the file that
 `PYTHONSTARTUP=$PWD/tests/few_steps.py pytest --nbmake tutorials`. Undone by `undo()`.
 """
 
+import inspect
 from typing import Any
 
 from pyro_nf.diagnostics import Verdict, correction, diagnose
 from pyro_nf.inference import FlowSVI
 
 _NUM_STEPS = 10
-_init, _decide, _defaults = FlowSVI.__init__, correction.decide, dict(diagnose.__kwdefaults__)
+_diagnose: Any = inspect.unwrap(diagnose)
+_init, _decide, _defaults = FlowSVI.__init__, correction.decide, dict(_diagnose.__kwdefaults__)
 
 
 def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
@@ -22,10 +24,10 @@ def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
 def undo() -> None:
     """Fit in earnest again."""
     FlowSVI.__init__, correction.decide = _init, _decide  # type: ignore[method-assign]
-    diagnose.__kwdefaults__.update(_defaults)
+    _diagnose.__kwdefaults__.update(_defaults)
 
 
 FlowSVI.__init__ = _few  # type: ignore[method-assign]
 # Guides that are not fitted are not refused.
 correction.decide = lambda evidence: _decide(evidence)._replace(verdict=Verdict.RIGHT_AFTER_CORRECTION)
-diagnose.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)
+_diagnose.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)

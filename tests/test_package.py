@@ -10,9 +10,10 @@ import pytest
 from pyro_nf import flows, networks
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ["arguments", "calls", "untrusted", "networks", "flows", "distributions", "rewrites", "factorizations"]
-ROOMS += ["batching", "supports", "validity", "noise", "tracing", "matching", "coordinates", "density", "improper"]
-ROOMS += ["modes", "normals", "transport", "objectives", "diagnostics", "inference", "guides", "models"]
+ROOMS = ["arguments", "calls", "waits", "untrusted", "networks", "flows", "distributions", "rewrites"]
+ROOMS += ["factorizations", "batching", "supports", "validity", "noise", "tracing", "matching", "coordinates"]
+ROOMS += ["density", "pairs", "improper", "modes", "normals", "transport", "objectives", "diagnostics", "inference"]
+ROOMS += ["guides", "models"]
 SOURCES = sorted([*(ROOT / "pyro_nf").rglob("*.py"), *(ROOT / "guides").glob("*.py"), *(ROOT / "models").glob("*.py")])
 
 

@@ -25,6 +25,7 @@ from pyro_nf.diagnostics.verdict import Evidence, Verdict
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
+from pyro_nf.waits import one_at_a_time
 
 if TYPE_CHECKING:
     import xarray
@@ -50,6 +51,7 @@ class Fitted(Protocol):
         """The ELBO estimate of each step, `(steps,)`."""
 
 
+@one_at_a_time
 @takes_model_arguments
 def to_arviz(
     model: Callable[..., Any],

@@ -25,6 +25,7 @@ from pyro_nf.diagnostics.simulation import Unconditioned, drawn_data, is_factor,
 from pyro_nf.diagnostics.weights import Floats, require_whole_data
 from pyro_nf.matching import require_match
 from pyro_nf.tracing import Particle, Program, is_data, is_latent
+from pyro_nf.waits import one_at_a_time
 
 Ints = npt.NDArray[np.int64]
 Ranks = dict[str, Ints]
@@ -94,6 +95,7 @@ class Calibration:
         return "\n".join(lines)
 
 
+@one_at_a_time
 @takes_model_arguments
 def calibrate(
     model: Callable[..., Any],

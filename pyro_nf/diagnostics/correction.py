@@ -19,6 +19,7 @@ from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
 from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
+from pyro_nf.waits import one_at_a_time
 
 Method = Literal["resample", "psis", "imh"]
 
@@ -62,6 +63,7 @@ class CorrectedPosterior:
         return " ".join((f"{figures}.", error, *(f"Note: {note}" for note in self.notes)))
 
 
+@one_at_a_time
 @takes_model_arguments
 def corrected_posterior(
     model: Callable[..., Any],

@@ -22,6 +22,7 @@ from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_wh
 from pyro_nf.improper import FlatDirections, flat_directions
 from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Particle, Program, in_words
+from pyro_nf.waits import one_at_a_time
 
 # Climbs need the whole Hessian.
 _MAX_DIM = 500
@@ -88,6 +89,7 @@ class Diagnosis(WeightSummary):
         )
 
 
+@one_at_a_time
 @takes_model_arguments
 def diagnose(
     model: Callable[..., Any],

@@ -15,6 +15,7 @@ from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.weights import require_whole_data
 from pyro_nf.matching import require_weights
 from pyro_nf.tracing import Draws, Particle, Program, is_data, is_latent, local_log_prob, local_plate
+from pyro_nf.waits import one_at_a_time
 
 # Rows that a sentence names.
 _MAX_ROWS = 5
@@ -35,6 +36,7 @@ class LocalEvidence:
     num_samples: int
 
 
+@one_at_a_time
 @takes_model_arguments
 def local_evidence(
     model: Callable[..., Any],

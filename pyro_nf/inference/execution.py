@@ -1,7 +1,9 @@
 """How the steps of a fit run: plain, recorded as a graph, or compiled."""
 
+import math
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, Literal
@@ -20,6 +22,8 @@ Steps = Callable[[State, Tensor, Draws], tuple[State, Tensor]]
 """`(state, learning rates, draws) -> (state, ELBOs)`, as many steps as there are rates."""
 
 _FORMS = ("plain", "recorded", "compiled")
+# How often a step is recorded anew, where the plain one is no longer what was recorded.
+_MAX_RENEWALS = 3
 _ADVICE = {
     "plain": "usual causes are .item(), a Python `if` on a tensor, and shapes that depend on values: use torch.where "
     "and masks",
@@ -60,12 +64,26 @@ class Execution:
         self.mode, self.program, self.objective, self.adam = mode, program, objective, adam
         self.params, self.ranks, self.num_steps, self.block = params, ranks, num_steps, block
         self.form, self.reason, self.seconds = "plain", "", 0.0
-        self._known: dict[Any, Callable[[State, Tensor, Draws, Leaves], tuple[State, Tensor]]] = {}
+        self._known: dict[Any, PlainSteps | GraphSteps] = {}
+        self._uses: Counter[Any] = Counter()
+        self._seen: set[Any] = set()
+        self._num_renewals = 0
 
     def steps(
-        self, state: State, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any], fixed: bool
+        self,
+        state: State,
+        num_particles: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        fixed: bool,
+        check: bool = False,
     ) -> Steps:
         """Return the steps for these arguments of the model.
+
+        What a model computes in Python, from its own attributes or from data, is part of a recorded step as it was when
+        that was recorded. So the step is compared with the plain one: where `check` asks for it and, of data that are
+        not fixed, at the second, third, fifth, eighth ... use of a recorded step. Where they differ it is recorded
+        anew; from the fourth time on, all steps run plain, with one warning.
 
         Args:
             state: A state of the fit.
@@ -74,30 +92,87 @@ class Execution:
             kwargs: The model's keyword arguments.
             fixed: Whether these arguments are the same all through the fit: their values may be part of the graph.
                 Else one graph serves all tensors of their shapes.
+            check: Whether to compare a step that is known with the plain one.
         """
         values, spec = pytree.tree_flatten((args, kwargs))
         leaves = () if fixed else tuple(value for value in values if isinstance(value, Tensor))
+
+        def arguments(leaves: Leaves) -> Any:
+            if fixed:  # the objects themselves, whose contents may change
+                return args, kwargs
+            given = iter(leaves)
+            return pytree.tree_unflatten(
+                [next(given) if isinstance(value, Tensor) else value for value in values], spec
+            )
+
         # An objective may change its form between blocks of steps.
         key = (self.objective.path_gradient, None if fixed else signature(args, kwargs))
+        self._uses[key] += 1
+        if check:
+            self.objective.refresh()
         new = key not in self._known
-        # All processes prepare when one has to, for they choose the form together.
-        if new if fixed or self.mode is False else self.ranks.any(new):
-
-            def arguments(leaves: Leaves) -> Any:
-                given = iter(leaves)
-                filled = [next(given) if isinstance(value, Tensor) and not fixed else value for value in values]
-                return pytree.tree_unflatten(filled, spec)
-
+        due = not new and self.mode is not False and (check or (not fixed and is_now_and_then(self._uses[key])))
+        # All processes compare and prepare when one has to, for they choose the form together; none asks where plain
+        # steps are all that is wanted.
+        anywhere: Callable[[bool], bool] = bool if self.mode is False else self.ranks.any
+        if (new or due) if fixed else anywhere(new or due):
             start = time.perf_counter()
-            if new and not fixed and self._known and self.mode is not False and self.ranks.index == 0:
-                warnings.warn(
-                    f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
-                    stacklevel=6,
-                )
-            self._known[key] = self._prepare(arguments, state, num_particles, leaves, self.block if fixed else 1)
+            changed = "" if new else self._change(key, state, num_particles, args, kwargs, leaves)
+            if anywhere(bool(changed)):
+                self._renew(changed)
+            if anywhere(key not in self._known):
+                self._warn_of_shapes(key, leaves)
+                self._known[key] = self._prepare(arguments, state, num_particles, leaves, self.block if fixed else 1)
             self.seconds += time.perf_counter() - start
         run = self._known[key]
         return lambda state, rates, draws: run(state, rates, draws, leaves)
+
+    def changed(self, state: State, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Say how the plain step differs from the one that was taken last, whose data are fixed, if it does."""
+        self.objective.refresh()
+        changed = self._change((self.objective.path_gradient, None), state, num_particles, args, kwargs, ())
+        found = [said for said in self.ranks.gather(changed) if said]
+        return found[0] if found else ""
+
+    def _change(
+        self,
+        key: Any,
+        state: State,
+        num_particles: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        leaves: Leaves,
+    ) -> str:
+        """Say how the plain step differs from a known one, on draws that no other step has."""
+        run = self._known.get(key)
+        if not isinstance(run, GraphSteps):
+            return ""
+        with self.ranks.rehearsal(), torch.random.fork_rng():
+            torch.manual_seed(self._uses[key])
+            draws = self.program.draw(num_particles, args, kwargs)
+            return run.difference(state.params, draws, leaves)
+
+    def _renew(self, changed: str) -> None:
+        """Forget what was recorded: all of it, for what has changed may be part of it."""
+        self._known.clear()
+        self._uses.clear()  # and compare as often as at first
+        self._num_renewals += 1
+        if self._num_renewals > _MAX_RENEWALS and self.ranks.index == 0:
+            warnings.warn(
+                f"the step runs plain from here on, which is slower: recorded {self._num_renewals} times, it is once "
+                f"more not what the model does, which has {changed or 'another result on one of the processes'} (what "
+                "changes during a fit should be a tensor, changed in place; what is computed from data, tensors too)",
+                stacklevel=7,
+            )
+
+    def _warn_of_shapes(self, key: Any, leaves: Leaves) -> None:
+        unseen = key not in self._seen
+        self._seen.add(key)
+        if unseen and leaves and self._known and self.mode is not False and self.ranks.index == 0:
+            warnings.warn(
+                f"data of new shapes, {[tuple(leaf.shape) for leaf in leaves]}: the step is prepared again",
+                stacklevel=7,
+            )
 
     def _prepare(
         self, arguments: Callable[[Leaves], Any], state: State, num_particles: int, leaves: Leaves, block: int
@@ -105,13 +180,18 @@ class Execution:
         def step(state: State, learning_rate: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
             args, kwargs = arguments(leaves)
             elbo, surrogate = self.objective.estimate(self.program, draws, args, kwargs)
-            grads = torch.autograd.grad(-surrogate, self.params, allow_unused=True, materialize_grads=True)
-            shared = self.ranks.mean(torch.cat([elbo.view(1), *(grad.reshape(-1) for grad in grads)]))
-            return self.adam.update(state, shared[0], shared[1:], learning_rate), shared[0]
+            shared = self.ranks.mean(torch.cat([elbo.view(1), *_gradients(surrogate, self.params)]))
+            new = self.adam.update(state, shared[0], shared[1:], learning_rate)
+            if not all(param.requires_grad for param in self.params):
+                new = new.hold(state, _free(self.params))
+            return new, shared[0]
 
         plain = PlainSteps(step, self.params)
         self.form, self.reason = "plain", "compile=False"
         if self.mode is False:
+            return plain
+        if self._num_renewals > _MAX_RENEWALS:
+            self.reason = "what the model does in Python has changed too often to be recorded again"
             return plain
         if self.mode == "auto" and self.num_steps < MIN_STEPS_TO_RECORD:
             self.reason = f"{self.num_steps} steps are too few for recording to pay"
@@ -162,3 +242,21 @@ class Execution:
         finally:
             self.program.vectorized = vectorized  # what recording could not batch, a plain step can
         return forms, "", False
+
+
+def _gradients(surrogate: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of minus the surrogate by each parameter, flat; zero for one that is frozen by now."""
+    trained = [param for param in params if param.requires_grad]
+    grads = iter(torch.autograd.grad(-surrogate, trained, allow_unused=True, materialize_grads=True) if trained else ())
+    return [(next(grads) if param.requires_grad else torch.zeros_like(param)).reshape(-1) for param in params]
+
+
+def _free(params: Sequence[Tensor]) -> Tensor:
+    """Return which entries of the parameters, side by side, are trained."""
+    return torch.cat([torch.full_like(param, param.requires_grad, dtype=torch.bool).reshape(-1) for param in params])
+
+
+def is_now_and_then(number: int) -> bool:
+    """Whether this is one of 2, 3, 5, 8, 13, ..., Fibonacci's numbers: ever rarer, and in step with no period."""
+    five = 5 * number * number
+    return number > 1 and any(math.isqrt(square) ** 2 == square for square in (five - 4, five + 4))

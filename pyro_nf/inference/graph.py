@@ -21,6 +21,7 @@ from torch.func import functionalize
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -37,6 +38,11 @@ Step = Callable[[State, Tensor, Draws, Leaves], tuple[State, Tensor]]
 # thousand rounding units of float32, which sums in another order leave; and relative to the largest of all, for
 # gradients that are zero but for rounding.
 TOLERANCE, TOLERANCE_OF_ALL = 1e-3, 1e-5
+# Later in a fit results may be all rounding: gradients at the optimum are zero, deep flows are chaotic. How far that
+# moves them is seen where parameters are moved by some rounding units, and what differs by some times as much is equal.
+_ROUNDING_UNITS, _TIMES = 8, 20
+
+_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 # Operations of a compiled graph: more steps in one call save calls, but take longer to compile.
 MAX_OPERATIONS_UNROLLED = 1500
@@ -97,8 +103,9 @@ class GraphSteps:
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
             old, (rate, noise, *rest) = State(*inputs[: len(state)]), inputs[len(state) :]
             given = Draws(noise, dict(zip(names, rest[: len(names)], strict=True)))
-            with IntegerConstants(inputs):
-                new, value = step(old, rate, given, tuple(rest[len(names) :]))
+            data = rest[len(names) :]
+            with IntegerConstants(inputs, data) as constants, _WithoutReading(constants):
+                new, value = step(old, rate, given, tuple(data))
             return *new, value
 
         inputs = (*state, state.params.new_zeros(()), draws.noise, *draws.indices.values(), *leaves)
@@ -106,6 +113,8 @@ class GraphSteps:
             try:
                 # Copies, for one tensor given twice would be one input.
                 self._graph = make_fx(function)(*(tensor.clone() for tensor in inputs))
+            except GraphError:
+                raise
             except Exception as error:  # whatever the model raises where its tensors have no values
                 raise GraphError(first_line(error)) from error
             self._held = _lift(self._graph, params)
@@ -173,24 +182,56 @@ class GraphSteps:
             GraphError: If they differ.
         """
         here, draws, leaves = self._example
-        sizes = [param.numel() for param in self._params]
-        draws, rates = _repeated(draws, self.unroll), here.params.new_zeros(self.unroll)
+        draws = _repeated(draws, self.unroll)
         with self._rehearsal():
             for _ in range(2):
-                results = []
-                for steps in (self._plain, self):
-                    torch.manual_seed(1)
-                    results.append(steps(here, rates, draws, leaves))
-                (wanted, elbos), (got, other_elbos) = results
-                # Rate 0: parameters stay, and the optimiser's averages are those of the gradient over the steps.
-                largest = _size(wanted.mean)
-                pairs = zip(wanted.mean.split(sizes), got.mean.split(sizes), strict=True)
-                close = [_close(one, other, TOLERANCE_OF_ALL * largest) for one, other in pairs]
-                close += [_close(one, other) for one, other in zip((elbos, *wanted), (other_elbos, *got), strict=True)]
-                if not all(close):
+                wanted, got = (self._result(steps, here, draws, leaves) for steps in (self._plain, self))
+                if not self._are_close(wanted, got):
                     raise GraphError("the graph's results differ from the plain step's")
                 # Near enough that deep flows are not chaotic in float32, far enough that nothing is at its identity.
-                here = wanted._replace(params=wanted.params + 0.01 * torch.randn_like(wanted.params))
+                here = wanted[0]._replace(params=here.params + 0.01 * torch.randn_like(here.params))
+
+    def difference(self, params: Tensor, draws: Draws, leaves: Leaves) -> str:
+        """Say how the plain step, as it is now, differs from the graph on the same noise: in no way, an empty string.
+
+        Args:
+            params: The parameters' values.
+            draws: Draws for one step.
+            leaves: Data.
+        """
+        here, draws = State.start(params), _repeated(draws, self.unroll)
+        with self._rehearsal(params):
+            wanted, got = (self._result(steps, here, draws, leaves) for steps in (self._plain, self))
+            if self._are_close(wanted, got):
+                return ""
+            unit = _ROUNDING_UNITS * torch.finfo(params.dtype).eps
+            near = State.start(params + unit * params.abs() * torch.randn_like(params))
+            if self._are_close(wanted, got, self._result(self._plain, near, draws, leaves)):
+                return ""
+        elbos = [float(elbo.mean()) for _, elbo in (wanted, got)]
+        if _close(wanted[1], got[1]):
+            return "another gradient than the recorded step"
+        return f"an ELBO of {elbos[0]:.6g} on draws on which the recorded step has {elbos[1]:.6g}"
+
+    def _result(self, steps: Any, here: State, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+        """Take steps from one seed, at the rate 0: parameters stay, and the averages are those of the gradient."""
+        torch.manual_seed(1)
+        result: tuple[State, Tensor] = steps(here, here.params.new_zeros(self.unroll), draws, leaves)
+        return result
+
+    def _are_close(
+        self, wanted: tuple[State, Tensor], got: tuple[State, Tensor], near: tuple[State, Tensor] | None = None
+    ) -> bool:
+        """Whether states and ELBOs are equal up to rounding, which may be as large as `near` is away."""
+        sizes = [param.numel() for param in self._params]
+        largest = _size(wanted[0].mean)
+        one, other, third = (
+            [*state.mean.split(sizes), elbos, *state] for state, elbos in (wanted, got, near or wanted)
+        )
+        atol = [TOLERANCE_OF_ALL * largest] * len(sizes) + [0.0] * (len(one) - len(sizes))
+        return all(
+            _close(a, b, least + _TIMES * _size(a - c)) for a, b, c, least in zip(one, other, third, atol, strict=True)
+        )
 
     def __call__(self, state: State, rates: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
         """Take a step for each of the learning rates; return the state and the ELBOs, `(num_steps,)`."""
@@ -238,7 +279,7 @@ class GraphSteps:
         return *(old.copy_(value) for old, value in zip(state, new, strict=True)), values
 
     @contextmanager
-    def _rehearsal(self) -> Iterator[None]:
+    def _rehearsal(self, params: Tensor | None = None) -> Iterator[None]:
         """Leave parameters and random state as they were, and warnings for the run itself."""
         level = logging.root.manager.disable
         with torch.random.fork_rng(), warnings.catch_warnings():
@@ -248,7 +289,7 @@ class GraphSteps:
                 yield
             finally:
                 logging.disable(level)
-                write(self._example[0].params, self._params)
+                write(self._example[0].params if params is None else params, self._params)
 
 
 class IntegerConstants(TorchDispatchMode):
@@ -259,10 +300,12 @@ class IntegerConstants(TorchDispatchMode):
 
     Args:
         inputs: What the graph's inputs are.
+        data: Those of them that are data: other ones may come with other steps.
     """
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor], data: Sequence[Tensor] = ()) -> None:
         super().__init__()
+        self._of_data = {id(tensor) for tensor in data}
         self._variable = list(inputs)  # kept alive, so that no other tensor gets the same id
         self._ids = {id(tensor) for tensor in inputs}
 
@@ -276,12 +319,44 @@ class IntegerConstants(TorchDispatchMode):
         if constant and not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags:
             with disable_proxy_modes_tracing():
                 return func(*args, **kwargs)
+        of_data = self.is_of_data(tensors)
+        if of_data and _has_shape_of_values(func, args):
+            raise GraphError("shapes depend on the values of data, which are others in other minibatches")
         results = func(*args, **kwargs)
         for result in pytree.tree_leaves(results):
             if isinstance(result, Tensor):
                 self._variable.append(result)
                 self._ids.add(id(result))
+                if of_data:
+                    self._of_data.add(id(result))
         return results
+
+    def is_of_data(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of these tensors was computed from data that are inputs."""
+        return any(id(tensor) in self._of_data for tensor in tensors)
+
+
+def _has_shape_of_values(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether the shape of an operation's result depends on values; that of an index, on those of masks alone."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
+class _WithoutReading(TorchFunctionMode):
+    """Refuse what reads the values of data that are inputs, unseen by the recording."""
+
+    def __init__(self, constants: IntegerConstants) -> None:
+        super().__init__()
+        self._constants = constants
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, unless it reads values."""
+        if func in _READERS and self._constants.is_of_data(args[:1]):
+            raise GraphError(f"Tensor.{func.__name__}() reads data, which are others in other minibatches")
+        return func(*args, **(kwargs or {}))
 
 
 def write(flat: Tensor, params: Sequence[Tensor]) -> None:

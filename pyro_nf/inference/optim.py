@@ -42,6 +42,11 @@ class State(NamedTuple):
         """Let the average begin with the next step."""
         return self._replace(num_averaged=torch.zeros_like(self.num_averaged))
 
+    def hold(self, before: "State", free: Tensor) -> "State":
+        """Return the state after a step that left the parameters where they were but for those marked `free`."""
+        params = torch.where(free, self.params, before.params)
+        return self._replace(params=params, average=torch.lerp(before.average, params, 1 / self.num_averaged))
+
 
 # Decay of the usual norm, and how many times as long as usual a gradient may be.
 _NORM_DECAY, _SPIKE = 0.95, 5.0

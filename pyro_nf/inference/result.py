@@ -2,9 +2,30 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, NamedTuple
 
 from torch import Tensor
+
+
+class Status(Enum):
+    """How a fit ended.
+
+    Attributes:
+        CONVERGED: By itself: the ELBO reached a plateau, or the weights say that the posterior is reached.
+        PLATEAU_NOT_REACHED: By the bound on its steps.
+        INTERRUPTED: By Ctrl-C.
+        STOPPED: By a callback.
+        TIME: By `max_seconds`.
+        FAILED: For losses or gradients that are not finite.
+    """
+
+    CONVERGED = "converged"
+    PLATEAU_NOT_REACHED = "not converged"
+    INTERRUPTED = "interrupted"
+    STOPPED = "stopped"
+    TIME = "out of time"
+    FAILED = "failed"
 
 
 class Stage(NamedTuple):
@@ -48,8 +69,9 @@ class FitResult:
     Attributes:
         elbo: ELBO of the best state in nats, on fresh draws that chose nothing.
         elbo_mcse: Its Monte Carlo standard error.
-        converged: Whether the ELBO reached a plateau and the run ended by itself.
-        stop_reason: Why it ended, in words.
+        status: How it ended.
+        stop_reason: The same, and why, in words.
+        notes: What else to know, a sentence each; `print` shows them.
         steps: Steps taken.
         best_step: The step whose state was kept.
         plateau_step: The step at which the ELBO had reached a plateau and the cool-down began, `None` if it did not.
@@ -61,7 +83,7 @@ class FitResult:
         compile_seconds: Wall time spent on recording and compiling.
         path_gradient: Whether the last steps left the score out of the gradient ("sticking the landing").
         stages: The stages of the fit; none where it was a single one.
-        starts: What the guide's warm start found, `None` without one; `print` says so where starts disagree.
+        starts: What the guide's warm start found, `None` without one; `print` tells it, unless it no longer matters.
         history: The ELBO estimate of each step in nats, `(steps,)`.
         evaluations: The evaluations on the way, one for each `eval_every` steps.
         model: The model that was fitted; `None`, like the next three, in a pickle, which goes without them.
@@ -72,8 +94,9 @@ class FitResult:
 
     elbo: float
     elbo_mcse: float
-    converged: bool
+    status: Status
     stop_reason: str
+    notes: tuple[str, ...]
     steps: int
     best_step: int
     plateau_step: int | None
@@ -96,9 +119,17 @@ class FitResult:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "model": None, "guide": None, "args": None, "kwargs": {}}
 
+    @property
+    def converged(self) -> bool:
+        """Whether the run ended by itself, at a plateau or at the posterior."""
+        return self.status is Status.CONVERGED
+
     def __str__(self) -> str:
         """One line for people."""
+        # Where climbs that came to no mode ended is of no interest once the fit has come further.
+        told = self.starts is not None and not (self.converged and self.starts.without_mode)
+        notes = f" (Note: {'; '.join(self.notes)})" if self.notes else ""
         return (
             f"ELBO {self.elbo:.3f} +- {self.elbo_mcse:.3f} after {self.steps} steps in {self.seconds:.1f} s "
-            f"({self.stop_reason})" + (f"; {self.starts}" if self.starts is not None else "")
+            f"({self.stop_reason})" + (f"; {self.starts}" if told else "") + notes
         )

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -10,6 +11,7 @@ from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
+from pyro_nf.objectives import ELBO
 
 X = torch.linspace(-1, 1, 20)
 Y = 0.5 + 2.0 * X
@@ -116,15 +118,62 @@ def test_a_run_without_a_finite_step_ends_early_and_names_the_site():
     assert all(torch.equal(a, b) for a, b in zip(before, guide.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["num_particles", "learning_rate", "max_steps", "eval_every", "clip_norm"])
-def test_bad_numbers_are_named(name):
-    with pytest.raises(ValueError, match=f"{name} must be positive; got 0"):
-        FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), **{name: 0})
+@pytest.mark.parametrize(
+    ("option", "accepted"),
+    [
+        ({"num_particles": 0}, "a whole number of at least 1; got 0"),
+        ({"learning_rate": "fast"}, "a finite number greater than 0; got 'fast'"),
+        ({"max_steps": 1.5}, "a whole number of at least 1; got 1.5"),
+        ({"eval_every": True}, "a whole number of at least 1; got True"),
+        ({"eval_particles": -1}, "a whole number of at least 1; got -1"),
+        ({"clip_norm": math.nan}, "a finite number greater than 0; got nan"),
+        ({"weight_decay": -1}, "a finite number of at least 0; got -1"),
+        ({"num_starts": 2.0}, "a whole number of at least 0; got 2.0"),
+        ({"max_seconds": 0}, "a finite number greater than 0; got 0"),
+        ({"seed": "a"}, "a whole number of at least 0; got 'a'"),
+        ({"progress": 1}, "True or False; got 1"),
+        ({"callbacks": 3}, "a list of functions of an Evaluation; got 3"),
+        ({"callbacks": [3]}, r"a list of functions of an Evaluation; got \[3\]"),
+        ({"objective": pyro.infer.Trace_ELBO()}, "one of pyro_nf.objectives, .* got pyro.infer.trace_elbo.Trace_ELBO"),
+        ({"objective": ELBO}, "one of pyro_nf.objectives"),
+        ({"checkpoint": 3}, "a file's path, or None; got 3"),
+        ({"checkpoint": "/no/such/folder/fit.pt"}, "a path in a folder that exists; got '/no/such/folder/fit.pt'"),
+        ({"checkpoint": "/"}, "a file's path; got the folder '/': name a file in it"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_options_are_named(option, accepted):
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be {accepted}"):
+        FlowSVI(linear_gaussian, AutoFlow(linear_gaussian), **option)
 
 
-def test_a_negative_weight_decay_is_refused_and_a_positive_one_shrinks():
-    with pytest.raises(ValueError, match="weight_decay must not be negative; got -1"):
-        FlowSVI(linear_gaussian, AutoNormal(linear_gaussian), weight_decay=-1)
+@pytest.mark.parametrize(
+    "make", [list, tuple, np.asarray, lambda y: y.tolist()], ids=["list", "tuple", "array", "numbers"]
+)
+@pytest.mark.parametrize("guide", [AutoFlow, AutoNormal])
+def test_data_that_are_no_tensors_are_named(make, guide):
+    data = make(Y.numpy()) if make is np.asarray else make(Y)
+    with pytest.raises(ValueError, match=r"the model's data must be tensors, on which it runs; got a .* for y: pass"):
+        FlowSVI(linear_gaussian, guide(linear_gaussian), progress=False).run(X, y=data)
+
+
+def test_a_model_that_takes_lists_is_left_alone_and_one_that_is_wrong_keeps_its_error():
+    def listed(sizes, y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(sizes), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mu.sum(), 1.0).expand([len(y)]).to_event(1), obs=y)
+
+    FlowSVI(listed, AutoNormal(listed), progress=False, max_steps=2, learning_rate=0.01).run([3], Y)
+    with pytest.raises(TypeError, match="size"):
+        FlowSVI(listed, AutoNormal(listed), progress=False, max_steps=2).run(["3"], Y)
+
+    def held():
+        pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=[1.0])
+
+    with pytest.raises(ValueError, match="site 'y' observes a list: it must be a tensor"):
+        FlowSVI(held, AutoNormal(held), progress=False, max_steps=2).run()
+
+
+def test_a_weight_decay_shrinks():
     scales = []
     for weight_decay in (0.0, 10.0):
         pyro.clear_param_store()

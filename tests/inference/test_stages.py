@@ -91,10 +91,10 @@ def test_a_stage_that_is_worse_is_taken_back():
 def a_fit(guide, spoil):
     """A short fit in place of a stage, and then whatever `spoil` does to the guide."""
 
-    def fit(name, learning_rate, max_steps, eval_every, number):
+    def fit(plan):
         result = FlowSVI(banana, guide, learning_rate=0.01, max_steps=50, seed=0, progress=False).run()
         with torch.no_grad():
-            spoil(number, guide.flow.flows[-1].affine.params.loc)
+            spoil(plan.number, guide.flow.flows[-1].affine.params.loc)
         return result
 
     return fit
@@ -128,9 +128,9 @@ def test_stages_take_no_more_than_max_steps_together():
     guide()
     asked = []
 
-    def fit(name, learning_rate, max_steps, eval_every, number):
-        asked.append(max_steps)
-        return FlowSVI(banana, guide, learning_rate=0.01, max_steps=min(max_steps, 60), progress=False).run()
+    def fit(plan):
+        asked.append(plan.max_steps)
+        return FlowSVI(banana, guide, learning_rate=0.01, max_steps=min(plan.max_steps, 60), progress=False).run()
 
     result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 170, (), {})
     assert asked == [100, 40]
@@ -160,10 +160,10 @@ def test_other_guides_and_minibatches_are_a_single_stage():
 
 def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
     guides = [AutoFlow(banana), AutoFlow(banana)]
-    results = [
-        FlowSVI(banana, guide, callbacks=[lambda evaluation: True], seed=3, progress=False).run() for guide in guides
-    ]
-    assert [stage.name for stage in results[0].stages][:3] == ["normal", "curve", "flow"]
+    stop = [lambda evaluation: evaluation.step > 70]  # the first block of the flow's
+    results = [FlowSVI(banana, guide, callbacks=stop, seed=3, progress=False).run() for guide in guides]
+    assert [stage.name for stage in results[0].stages] == ["normal", "curve", "flow"]
+    assert [evaluation.step for evaluation in results[0].evaluations] == [40, 70, 70, 170]
     assert "callback" in results[0].stop_reason
     assert results[0].elbo == results[1].elbo
     states = [guide.state_dict() for guide in guides]
