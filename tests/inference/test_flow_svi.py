@@ -103,8 +103,9 @@ def test_draws_without_a_density_are_left_out_of_steps_and_named():
 def test_steps_with_a_gradient_that_is_not_finite_are_skipped_counted_and_harmless():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        # Its value is finite everywhere, its gradient is not wherever a draw falls below -1.5.
-        pyro.factor("wall", torch.where(z > -1.5, 0.0, (z + 1.5).clamp(min=0.0).sqrt()))
+        # Its value is 0 everywhere, its gradient is NaN wherever a draw falls below -1.5.
+        inside = torch.where(z > -1.5, 1.0, 0.0)
+        pyro.factor("wall", (inside + 0.0 * z).sqrt() - inside)
 
     guide = AutoNormal(model)
     result = FlowSVI(model, guide, seed=0, progress=False, num_particles=16, max_steps=400, learning_rate=0.01).run()
