@@ -279,7 +279,7 @@ def _once(value: Tensor, num_event: int) -> Tensor:
 def _first(value: Tensor, where: Tensor, leaf: Any) -> Any:
     """The first value of those entries, as a number or a list of numbers."""
     shape = value.shape[value.dim() - leaf.event_dim :] if value.dim() >= leaf.event_dim else value.shape
-    return value.expand(*where.shape, *shape)[tuple(where.nonzero()[0])].tolist()
+    return value.expand((*where.shape, *shape))[tuple(where.nonzero()[0])].tolist()
 
 
 def _plural(noun: str, number: int) -> str:

@@ -75,6 +75,16 @@ def test_a_mask_of_the_distribution_counts_and_what_its_user_does_not_validate_i
         Program(model, AutoNormal(model)).structure((), {})
 
 
+@pytest.mark.parametrize("value", [T(math.inf), T(-1.0), T(math.nan), -1.0])
+def test_a_single_number_outside_its_support_is_refused(value):
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(2.0, 1.0))
+        pyro.sample("y", dist.Exponential(rate), obs=value)
+
+    with pytest.raises(ValueError, match="the data of site 'y' hold 1 "):
+        Program(model, AutoNormal(model)).structure((), {})
+
+
 def test_nan_is_data_of_a_nan_masked_distribution():
     model = observing(lambda z: dist.NanMaskedNormal(z, 1.0), T([0.0, math.nan]))
     Program(model, AutoNormal(model)).structure((), {})

@@ -89,23 +89,36 @@ def test_hand_written_guide_and_model_parameters_are_fitted():
     assert abs(float(pyro.param("loc").detach())) < 0.01
 
 
-def test_non_finite_steps_are_skipped_counted_and_harmless():
+def test_draws_without_a_density_are_left_out_of_steps_and_named():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         # Infinite wherever a draw falls below -2.4: some of the steps, and never the optimum's centre.
         pyro.factor("wall", torch.where(z > -2.4, 0.0, -math.inf))
 
     result = FlowSVI(model, AutoNormal(model), seed=0, progress=False, num_particles=16, max_steps=400).run()
-    assert 0 < result.num_skipped < 400
+    assert result.num_skipped == 0
+    assert bool(result.history.isfinite().all())
+    assert not result.converged
+    assert "draws have no density: site 'wall': its density is not finite in" in result.stop_reason
+
+
+def test_steps_with_a_gradient_that_is_not_finite_are_skipped_counted_and_harmless():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        # Its value is 0 everywhere, its gradient is NaN wherever a draw falls below -1.5.
+        inside = torch.where(z > -1.5, 1.0, 0.0)
+        pyro.factor("wall", (inside + 0.0 * z).sqrt() - inside)
+
     guide = AutoNormal(model)
-    guide()
+    result = FlowSVI(model, guide, seed=0, progress=False, num_particles=16, max_steps=400, learning_rate=0.01).run()
+    assert 0 < result.num_skipped < 400
     assert all(torch.isfinite(p).all() for p in guide.parameters())
 
 
 def test_a_run_without_a_finite_step_ends_early_and_names_the_site():
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("broken", dist.Normal(z, 1.0), obs=torch.tensor(math.inf))
+        pyro.factor("broken", z - math.inf)
 
     guide = AutoNormal(model)
     guide()
