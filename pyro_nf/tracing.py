@@ -241,12 +241,12 @@ class Program:
         results = [particle(row, zero) for row, zero in zip(noise, zeros, strict=True)]
         if obstacle:
             self.vectorized = False
-            usual = " (Usual causes: .item() or .numpy(), control flow that depends on a value.)"
-            warnings.warn(
-                f"{who} cannot be batched over draws, which run one by one, slowly: {obstacle}"
-                f"{usual if who == 'the model' else ''}",
-                stacklevel=2,
-            )
+            if who == "the model":
+                said = f"the model cannot be batched over draws and runs them one by one, which is slow: {obstacle}"
+                said += " (Usual causes: .item() or .numpy(), control flow that depends on a value.)"
+            else:
+                said = f"{who} cannot be batched over draws, so the model runs them one by one, slowly: {obstacle}"
+            warnings.warn(said, stacklevel=2)
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
     def map_in_chunks(

@@ -551,6 +551,6 @@ def test_who_cannot_be_batched_is_named(fn, who):
         pyro.sample("y", fn(z), obs=torch.zeros(2) if who[0] == "A" else tensor(0.0))
 
     program = Program(model, prior(model))
-    with pytest.warns(UserWarning, match=f"{who}.* cannot be batched over draws, which run one by one"):
+    with pytest.warns(UserWarning, match=f"{who}.* cannot be batched over draws.* runs them one by one"):
         program.map_in_chunks(lambda p: {"log_p": log_prob_sum(p.model)}, 3, (), {})
     assert not program.vectorized
