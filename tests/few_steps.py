@@ -11,7 +11,7 @@ from pyro_nf.diagnostics import correction, diagnose
 from pyro_nf.inference import FlowSVI
 
 _NUM_STEPS = 10
-_init, _judge, _defaults = FlowSVI.__init__, correction.judge, dict(diagnose.__kwdefaults__)
+_init, _judge, _defaults = FlowSVI.__init__, correction.judge, dict(diagnose.__wrapped__.__kwdefaults__)
 
 
 def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
@@ -23,10 +23,10 @@ def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
 def undo() -> None:
     """Fit in earnest again."""
     FlowSVI.__init__, correction.judge = _init, _judge  # type: ignore[method-assign]
-    diagnose.__kwdefaults__.update(_defaults)
+    diagnose.__wrapped__.__kwdefaults__.update(_defaults)
 
 
 FlowSVI.__init__ = _few  # type: ignore[method-assign]
 # Guides that are not fitted are not refused.
 correction.judge = lambda weights: dataclasses.replace(_judge(weights), reliable=True)
-diagnose.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)
+diagnose.__wrapped__.__kwdefaults__.update(num_samples=1000, num_sets=1, num_starts=2)
