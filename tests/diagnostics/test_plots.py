@@ -126,3 +126,12 @@ def test_plot_coverage():
     assert "NOT calibrated" in axis.get_title()
     assert labels(axis)[-1] == "2 more"
     assert labels(axis)[1] == "mu[0]"
+
+
+def test_no_draws_get_a_sentence():
+    with pytest.raises(ValueError, match="data must hold at least one draw; got none"):
+        plot_weights(np.zeros(0))
+    with pytest.raises(ValueError, match="draws must hold at least one draw; 'guide' has none of 'mu'"):
+        plot_pairs({"guide": {"mu": torch.zeros(0)}})
+    with pytest.raises(ValueError, match="num_samples must be a whole number of at least 1; got 0"):
+        plot_flow(None, num_samples=0)

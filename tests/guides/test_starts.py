@@ -74,7 +74,7 @@ def test_a_subsampled_plate_starts_from_one_minibatch():
 
 
 def test_bad_options_are_named():
-    with pytest.raises(ValueError, match="num_starts must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="num_starts must be a whole number of at least 1; got 0"):
         AutoFlow(regression).warm_start(X, Y, num_starts=0)
     with pytest.raises(ValueError, match="num_starts must be 0 for a guide without warm_start; got a AutoNormal"):
         FlowSVI(regression, AutoNormal(regression), num_starts=3)
