@@ -97,8 +97,8 @@ def corrected_posterior(
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not flat) or
-            there are fewer than 100 effective draws; if an option is out of range, a plate is subsampled, or
+        ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not nearly
+            flat) or there are fewer than 100 effective draws; if an option is out of range, a plate is subsampled, or
             `proposal_df` is given for another kind of guide.
 
     References:
