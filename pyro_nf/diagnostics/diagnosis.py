@@ -113,8 +113,9 @@ def diagnose(
       and none of the draws is outside the model's support, and the gradients do not pull the center by more than
       0.5 sd;
     - *right after correction* if they cannot, but the weights can correct them, as `corrected_posterior` does: k-hat is
-      below its threshold, or the weights are flat (then the tail that k-hat sees is long in shape and has next to no
-      weight, and `notes` says so), and at least 100 draws are effective;
+      below its threshold, or the weights are nearly flat (a divergence below 0.05 nats, and k-hat below 1; below 0.01
+      nats a long tail has next to no weight, whatever k-hat, and `notes` says so), and at least 100 draws are
+      effective;
     - *not right* if weights cannot help, or if one of `num_starts` climbs (L-BFGS, from uniform points in the cube from
       -2 to 2 on the real line and their opposites) finds a region with over 1% of the evidence and over twice what the
       guide has there. The weights, which are of the guide's own draws, cannot show it; nor can climbs show what none

@@ -28,11 +28,13 @@ _HEAVY = 30.0
 _CENTER, _EXPLAINED = 0.5, 1 / 8
 # Fewer effective draws than this cannot carry a posterior summary.
 _MIN_ESS = 100.0
-# With a divergence below this, in nats, the total variation is below sqrt(0.02 / 2) = 0.1: weights are flat then, and
-# leave next to nothing to a tail, whatever its shape, so that k-hat does not count.
-_FLAT_GAP = 0.02
-# By how much k-hat scatters from one set of draws to the next.
-_KHAT_SCATTER = 0.1
+# A tail of weights is negligible, whatever its shape, if the divergence is less than this, in nats, and so is what may
+# lie beyond the largest weight: the total variation is then below sqrt(0.01 / 2) = 0.07.
+_NO_TAIL_GAP, _NO_TAIL_SE = 0.01, 0.003
+# It is small enough for weights to be used if they have a mean at all (k-hat below 1), and the divergence is below
+# this. k-hat scatters by so much from one set of draws to the next; it counts against "right" that far below its
+# threshold, so that chance alone does not lead from "right" to "not right".
+_SHORT_TAIL_GAP, _KHAT_SCATTER = 0.05, 0.1
 # With more of the draws effective than this, a high k-hat is of the far tails alone.
 _TAILS_ESS = 0.5
 # k-hat's threshold with draws without end, and how many a user may be asked for.
@@ -243,8 +245,9 @@ def _errors(evidence: Evidence) -> Iterator[str]:
     elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
         yield f"it is {_with_error(weights.gap, weights.gap_se)} nats from the posterior in all{inner}"
-    if weights.khat > weights.khat_threshold - _KHAT_SCATTER and weights.gap > _FLAT_GAP:
-        yield f"its tails may be too light (k-hat {weights.khat:.2f} is near {weights.khat_threshold:.2f})"
+    near = weights.khat > weights.khat_threshold - _KHAT_SCATTER and weights.gap > _NO_TAIL_GAP
+    if near or (weights.khat > weights.khat_threshold and not _has_no_tail(weights)):
+        yield f"its tails may be too light (k-hat {weights.khat:.2f} is not well below {weights.khat_threshold:.2f})"
 
 
 def _misfits(evidence: Evidence, errors: float) -> Iterator[str]:
@@ -282,7 +285,7 @@ def _mean_clause(name: str, index: int, misfit: Misfit) -> str:
 def _notes(evidence: Evidence) -> Iterator[str]:
     """Yield what speaks against the guide only at first sight, and what was not looked at."""
     weights, misfit = evidence.weights, evidence.misfit
-    if not weights.khat < weights.khat_threshold and _is_flat(weights):
+    if not weights.khat < weights.khat_threshold and _has_no_tail(weights):
         yield (
             f"k-hat {weights.khat:.2f} is not below {weights.khat_threshold:.2f}, but the weights are flat (the "
             f"divergence is {_with_error(weights.gap, weights.gap_se, 3, 5e-4)} nats): their tail is long in shape and "
@@ -301,11 +304,15 @@ def _notes(evidence: Evidence) -> Iterator[str]:
 
 
 def _has_long_tail(weights: WeightSummary) -> bool:
-    return not weights.khat < weights.khat_threshold and not _is_flat(weights)
+    """Whether the weights have a tail that they cannot be used with."""
+    if weights.khat < weights.khat_threshold or _has_no_tail(weights):
+        return False
+    return not (weights.khat < 1 and max(weights.gap, weights.gap_se) < _SHORT_TAIL_GAP)
 
 
-def _is_flat(weights: WeightSummary) -> bool:
-    return _is_small(weights, _FLAT_GAP)
+def _has_no_tail(weights: WeightSummary) -> bool:
+    """Whether a tail is negligible whatever its shape: the weights are flat."""
+    return weights.gap < _NO_TAIL_GAP and weights.gap_se < _NO_TAIL_SE
 
 
 def _is_small(weights: WeightSummary, limit: float) -> bool:
