@@ -14,6 +14,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pyro_nf.flows import unpaced
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution
 from pyro_nf.inference.graph import MAX_UNROLL, read, write
@@ -250,7 +251,11 @@ class FlowSVI:
         before = random_state()
         try:
             ranks.seed(self.seed)
-            return self._fit(data, fixed, ranks, resume, make_execution)
+            first = next(data)
+            self.program.structure(*first)  # which makes the guide's flows
+            # Here the learning rate is found for the parameters as they are.
+            with unpaced(self.program.guide):
+                return self._fit(itertools.chain([first], data), fixed, ranks, resume, make_execution)
         finally:
             if self.seed is not None:
                 set_random_state(before)
