@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,12 +19,11 @@ from pyro_nf.arguments import check_whole_number, unpacked
 from pyro_nf.calls import takes_model_arguments
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
-from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
+from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
 from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.mixture import MixtureBase
-from pyro_nf.guides.paced import Paced
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
 from pyro_nf.pairs import paired_density
@@ -43,6 +42,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
     affine layer at `init_loc_fn` and `init_scale`: over the normal base, this starts as the mean-field guide that it
     replaces. The affine layer is lower triangular (a full-rank normal) up to 1,000 coordinates.
 
+    In Pyro's `SVI` it trains at the learning rates that `AutoNormal` trains at: the flow's parameters are in units in
+    which a step of Adam moves the whole flow about as far as a location (`pyro_nf.flows.Paced`).
+
     Works in `FlowSVI`, in Pyro's `SVI` with any of its ELBOs (over a base without discrete draws), in `AutoGuideList`,
     `NeuTraReparam` and `Predictive`. `Predictive(model, guide.sample_posterior(1000, *args))` gives sites of their own
     shapes, where Pyro's `Predictive(model, guide=guide)` puts dimensions of size 1 before those outside of plates.
@@ -52,8 +54,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
     Args:
         model: A Pyro model with static structure.
         flow: "auto" for eight affine couplings, whose networks have one hidden layer of 64; a name
-            (`pyro_nf.flows.stacks.names()`), a `Flow` over the unconstrained coordinates, or a picklable factory
-            `dim -> Flow`.
+            (`pyro_nf.flows.stacks.names()`), a picklable factory `dim -> Flow`, or a `Flow` over the unconstrained
+            coordinates, which keeps its parameters as they are (`Paced(flow)` gives them units).
         base: `"normal"`; `"student_t"` with trainable degrees of freedom, for posteriors with a funnel's neck or heavy
             tails, where a normal base gives a higher k-hat; `"mixture"` of four normals, for posteriors with several
             modes; or a factory, such as `partial(MixtureBase, num_components=8)`.
@@ -292,10 +294,15 @@ class AutoFlow(FlowGuide, AutoContinuous):
         finally:
             self._affine_alone = False
         affine.reframe()
+<<<<<<< HEAD
         # Their rates are for parameters as they are, in coordinates in which these rates suit every posterior.
         with inner.unpaced() if isinstance(inner, Paced) else nullcontext():
             yield "flow"
             yield "flow, longer"
+=======
+        yield "flow"
+        yield "flow, longer"
+>>>>>>> rates
 
     def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each site's name and its initial value on the real line."""

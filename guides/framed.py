@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nf.flows import Flow, LowerTriangularAffine, Triangular
+from pyro_nf.flows import Flow, LowerTriangularAffine, Paced, Triangular
 from pyro_nf.flows.numerics import multiply, solve_triangular
 from pyro_nf.networks import freeze
 
@@ -18,7 +18,8 @@ class Framed(Flow):
 
     A step of an optimiser moves t by so much of the frame's unit: with the frame at the posterior's location and scale,
     one learning rate serves posteriors of any unit and any correlation. The curve c is a `Triangular`, up to 100
-    coordinates. At first the frame is the identity.
+    coordinates. At first the frame is the identity. The entries of t below its diagonal, of which a coordinate has up
+    to dim - 1, are trained in units of 1 / dim, unless it is `FlowSVI` that trains them.
 
     Args:
         dim: Number of coordinates.
@@ -31,7 +32,7 @@ class Framed(Flow):
 
     def __init__(self, dim: int, **options: Any) -> None:
         super().__init__((dim,))
-        self.affine = LowerTriangularAffine(dim, unit=dim**-0.5, **options)
+        self.paced = Paced(LowerTriangularAffine(dim, **options), {"params.tril": 1 / dim})
         like: Any = self.affine.params.loc
         self.register_buffer("origin", torch.zeros_like(like))
         self.register_buffer("frame", torch.eye(dim, dtype=like.dtype, device=like.device))
@@ -41,6 +42,11 @@ class Framed(Flow):
             freeze(self.curve)
         self.register_buffer("curved", torch.tensor(False))
         self._is_curved = False
+
+    @property
+    def affine(self) -> Any:
+        """The `LowerTriangularAffine` t."""
+        return self.paced.flow
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `origin + F c(t(x))` and the sum of the log-determinants."""
@@ -83,7 +89,7 @@ class Framed(Flow):
     def as_matrix(self) -> tuple[Tensor, Tensor]:
         """Return location and lower triangular matrix of the whole but for the curve, `y = loc + scale_tril x`."""
         eye = torch.eye(len(self.origin), dtype=self.origin.dtype, device=self.origin.device)
-        loc, columns = self.affine(torch.zeros_like(self.origin)), self.affine(eye)
+        loc, columns = self.paced(torch.zeros_like(self.origin)), self.paced(eye)
         return self.origin + multiply(self.frame, loc), self.frame @ (columns - loc).mT
 
     def reframe(self) -> None:
@@ -95,4 +101,4 @@ class Framed(Flow):
         self._is_curved = bool(self.curved)
 
     def _parts(self) -> list[Flow]:
-        return [self.affine] if self.curve is None or not self._is_curved else [self.affine, self.curve]
+        return [self.paced] if self.curve is None or not self._is_curved else [self.paced, self.curve]

@@ -13,6 +13,7 @@ from pyro_nf.flows.images import Channelwise, ImageCoupling, Split, Squeezed, mu
 from pyro_nf.flows.linear import Diagonal, LULinear, Rotation, random_orthogonal
 from pyro_nf.flows.linear_iaf import LinearIAF
 from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize, set_statistics
+from pyro_nf.flows.paced import Paced, unpaced
 from pyro_nf.flows.permutation import Permutation
 from pyro_nf.flows.planar import Planar
 from pyro_nf.flows.radial import Radial
@@ -53,6 +54,7 @@ __all__ = [
     "LogisticMixture",
     "LowerTriangularAffine",
     "PReLU",
+    "Paced",
     "Permutation",
     "Planar",
     "Radial",
@@ -71,4 +73,5 @@ __all__ = [
     "random_orthogonal",
     "set_statistics",
     "stacks",
+    "unpaced",
 ]

@@ -75,8 +75,6 @@ class LowerTriangularAffine(Flow):
         context_dim: Width of the context; 0 for none.
         loc: Initial location, `(dim,)` or a number.
         scale: Initial scale, positive, `(dim,)` or a number.
-        unit: What A's entries are trained in, `A = unit * tril`: with `dim ** -0.5`, a step of an optimizer that
-            changes all parameters by as much moves `y` by A about as far as by the location.
 
     Raises:
         ValueError: If `scale` is not positive.
@@ -92,6 +90,7 @@ class LowerTriangularAffine(Flow):
 
     @checked
     def __init__(
+<<<<<<< HEAD
         self,
         dim: Size,
         context_dim: Count = 0,
@@ -99,9 +98,11 @@ class LowerTriangularAffine(Flow):
         loc: Tensor | float = 0.0,
         scale: Tensor | float = 1.0,
         unit: Positive = 1.0,
+=======
+        self, dim: int, context_dim: int = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
+>>>>>>> rates
     ) -> None:
         super().__init__((dim,), context_dim)
-        self.unit = unit
         initial = _initial(dim, loc, scale)
         below = dim * (dim - 1) // 2
         initial["tril"] = torch.zeros(below, dtype=initial["loc"].dtype, device=initial["loc"].device)
@@ -131,14 +132,14 @@ class LowerTriangularAffine(Flow):
         """
         scale = scale_tril.diagonal()
         rows, columns = torch.tril_indices(len(loc), len(loc), -1, device=loc.device)
-        values = {**_initial(len(loc), loc, scale), "tril": (scale_tril / scale[:, None])[rows, columns] / self.unit}
+        values = {**_initial(len(loc), loc, scale), "tril": (scale_tril / scale[:, None])[rows, columns]}
         for name, value in values.items():
             getattr(self.params, name).copy_(value)
 
     def _unpack(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         loc, raw, tril = self.params(context)
         eye = torch.eye(len(self.tril_index), dtype=tril.dtype, device=tril.device)
-        return loc, soft_bound(raw, LOG_SCALE_BOUND), eye + strictly_lower(self.unit * tril, self.tril_index)
+        return loc, soft_bound(raw, LOG_SCALE_BOUND), eye + strictly_lower(tril, self.tril_index)
 
 
 def _initial(dim: int, loc: Tensor | float, scale: Tensor | float) -> dict[str, Tensor]:

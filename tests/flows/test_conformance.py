@@ -28,6 +28,7 @@ from pyro_nf.flows import (
     LogisticMixture,
     LowerTriangularAffine,
     LULinear,
+    Paced,
     Permutation,
     Planar,
     PReLU,
@@ -71,6 +72,7 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "Rotation": Rotation,
     "ActNorm": ActNorm,
     "BatchNorm": lambda dim, context_dim: BatchNorm(dim, context_dim).eval(),
+    "Paced": lambda dim, context_dim: Paced(stacks.realnvp(dim, 2, (8,), context_dim)),
     "Inverse-Planar": lambda dim, context_dim: Inverse(Planar(dim, context_dim)),
     "Sequential-mixed": lambda dim, context_dim: Sequential(
         ElementwiseAffine(dim), Permutation(range(dim)[::-1]), Radial(dim, context_dim)

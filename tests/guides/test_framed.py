@@ -34,7 +34,7 @@ def test_it_is_a_flow_with_any_frame(curved):
 def test_the_frame_is_fixed_and_the_affine_layer_trained():
     flow = framed()
     assert [name for name, _ in flow.named_parameters()] == [
-        f"affine.params.{name}" for name in ("loc", "log_scale", "tril")
+        f"paced.flow.params.{name}" for name in ("loc", "log_scale", "tril")
     ]
     assert {name.split(".")[0] for name, _ in flow.named_buffers()} >= {"origin", "frame", "curve", "curved"}
 
