@@ -294,15 +294,8 @@ class AutoFlow(FlowGuide, AutoContinuous):
         finally:
             self._affine_alone = False
         affine.reframe()
-<<<<<<< HEAD
-        # Their rates are for parameters as they are, in coordinates in which these rates suit every posterior.
-        with inner.unpaced() if isinstance(inner, Paced) else nullcontext():
-            yield "flow"
-            yield "flow, longer"
-=======
         yield "flow"
         yield "flow, longer"
->>>>>>> rates
 
     def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each site's name and its initial value on the real line."""

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Positive, Size, checked
+from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import (
     LOG_SCALE_BOUND,
@@ -90,17 +90,7 @@ class LowerTriangularAffine(Flow):
 
     @checked
     def __init__(
-<<<<<<< HEAD
-        self,
-        dim: Size,
-        context_dim: Count = 0,
-        *,
-        loc: Tensor | float = 0.0,
-        scale: Tensor | float = 1.0,
-        unit: Positive = 1.0,
-=======
-        self, dim: int, context_dim: int = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
->>>>>>> rates
+        self, dim: Size, context_dim: Count = 0, *, loc: Tensor | float = 0.0, scale: Tensor | float = 1.0
     ) -> None:
         super().__init__((dim,), context_dim)
         initial = _initial(dim, loc, scale)

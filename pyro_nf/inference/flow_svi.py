@@ -18,7 +18,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-<<<<<<< HEAD
 from pyro_nf.arguments import (
     check_choice,
     check_flag,
@@ -29,9 +28,7 @@ from pyro_nf.arguments import (
     unpacked,
 )
 from pyro_nf.density import Density
-=======
 from pyro_nf.flows import unpaced
->>>>>>> rates
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution, Steps, is_now_and_then
 from pyro_nf.inference.fingerprint import Identity
@@ -319,21 +316,18 @@ class FlowSVI:
         before = random_state()
         try:
             ranks.seed(self.seed)
-<<<<<<< HEAD
-            return self._fit(data, fixed, ranks, watch, resume, make_execution, plan)
-=======
             first = next(data)
-            self.program.structure(*first)  # which makes the guide's flows
+            self._structure(*first)  # which makes the guide's flows
             # Here the learning rate is found for the parameters as they are.
             with unpaced(self.program.guide):
-                return self._fit(itertools.chain([first], data), fixed, ranks, resume, make_execution)
->>>>>>> rates
+                return self._fit(first, data, fixed, ranks, watch, resume, make_execution, plan)
         finally:
             if self.seed is not None:
                 set_random_state(before)
 
     def _fit(
         self,
+        first: Call,
         data: Iterator[Call],
         fixed: bool,
         ranks: Ranks,
@@ -343,7 +337,7 @@ class FlowSVI:
         plan: StagePlan | None,
     ) -> FitResult:
         start = time.perf_counter()
-        args, kwargs = next(data)
+        args, kwargs = first
         params = self._params(args, kwargs)
         if plan is None:  # a stage's data are known
             self._warn_of_nothing_observed(args, kwargs)
