@@ -105,8 +105,8 @@ def corrected_posterior(
         **kwargs: The model's keyword arguments.
 
     Raises:
-        ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not nearly flat) or
-            there are fewer than 100 effective draws; if an option is out of range or may be meant for the model, a
+        ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not nearly
+            flat) or there are fewer than 100 effective draws; if an option is out of range or may be meant for the model, a
             plate is subsampled, the guide does not match the model or has no density, or `proposal_df` is given for
             another kind of guide.
 

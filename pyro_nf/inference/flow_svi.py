@@ -378,20 +378,28 @@ class FlowSVI:
         if fit is None:
             fit = Progress(State.start(flat), PlateauSchedule(math.nan, self.max_steps))
             fit.observe(self._evaluate(0, ranks, args, kwargs), torch.stack([flat, flat]))
-        final = self._choose(fit, params, ranks, steps.args, steps.kwargs)
+        fit.seconds = earlier + time.perf_counter() - start
+        return self._result(fit, status, said, steps, params, starts)
+
+    def _result(
+        self, fit: Progress, status: Status, said: str, steps: "_Steps", params: Sequence[Tensor], starts: Any
+    ) -> FitResult:
+        """Leave the best state in the guide, evaluate it, and say how the fit ended."""
+        execution, before = steps.execution, time.perf_counter()
+        final = self._choose(fit, params, execution.ranks, steps.args, steps.kwargs)
         if status is Status.CONVERGED and not math.isfinite(final.elbo):
             status, said = Status.PLATEAU_NOT_REACHED, "not converged: the best state has draws without a density"
         return FitResult(
             elbo=final.elbo,
             elbo_mcse=final.mcse,
             status=status,
-            stop_reason=said or self._sentence(status, watch.steps_before + fit.steps, fit.schedule.plateau_step),
-            notes=self._notes(args, kwargs),
+            stop_reason=said or self._sentence(status, steps.watch.steps_before + fit.steps, fit.schedule.plateau_step),
+            notes=self._notes(steps.args, steps.kwargs),
             steps=fit.steps,
             best_step=fit.best_evaluation.step,
             plateau_step=fit.schedule.plateau_step,
             num_skipped=int(fit.state.num_skipped),
-            seconds=earlier + time.perf_counter() - start,
+            seconds=fit.seconds + time.perf_counter() - before,
             learning_rate=fit.schedule.learning_rate,
             execution=execution.form,
             execution_reason=execution.reason,
@@ -399,12 +407,12 @@ class FlowSVI:
             path_gradient=self.objective.path_gradient,
             stages=(),
             starts=starts,
-            history=torch.cat([flat.new_empty(0), *fit.history]),
+            history=torch.cat([fit.state.params.new_empty(0), *fit.history]),
             evaluations=tuple(fit.evaluations),
             model=self.program.model,
             guide=self.program.guide,
-            args=steps.args if fixed else None,
-            kwargs=steps.kwargs if fixed else {},
+            args=steps.args if steps.fixed else None,
+            kwargs=steps.kwargs if steps.fixed else {},
         )
 
     def _identity(

@@ -78,7 +78,7 @@ def test_bad_options_are_named():
         AutoFlow(regression).warm_start(X, Y, num_starts=0)
     with pytest.raises(ValueError, match="num_starts must be 0 for a guide without warm_start; got a AutoNormal"):
         FlowSVI(regression, AutoNormal(regression), num_starts=3)
-    with pytest.raises(ValueError, match="num_starts must not be negative; got -1"):
+    with pytest.raises(ValueError, match="num_starts must be a whole number of at least 0; got -1"):
         FlowSVI(regression, AutoFlow(regression), num_starts=-1)
 
     def large():
