@@ -133,7 +133,8 @@ def decide(evidence: Evidence) -> Decision:
     notes = (*evidence.notes, *_notes(evidence))
     obstacle = _obstacle(evidence)
     if obstacle:
-        return Decision(Verdict.NOT_RIGHT, (obstacle,), notes=notes)
+        lost = (f"Of the guide's own draws, {_lost(evidence)}.",) if evidence.weights.outside > 0 else ()
+        return Decision(Verdict.NOT_RIGHT, (obstacle, *lost), notes=notes)
     errors = [*_errors(evidence)]
     if not errors:
         return Decision(Verdict.RIGHT, notes=notes)
@@ -240,14 +241,20 @@ def _errors(evidence: Evidence) -> Iterator[str]:
     if _is_pulled(evidence) and evidence.gradients is not None:
         yield f"the gradients pull its center by {evidence.gradients.residual.size:.2f} sd"
     if weights.outside > 0:
-        cause = evidence.without_density or "draws have density zero under the model"
-        yield f"{100 * weights.outside:.2g}% of its {cause}"
+        yield f"of its draws, {_lost(evidence)}"
     elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
         yield f"it is {_with_error(weights.gap, weights.gap_se)} nats from the posterior in all{inner}"
     near = weights.khat > weights.khat_threshold - _KHAT_SCATTER and weights.gap > _NO_TAIL_GAP
     if near or (weights.khat > weights.khat_threshold and not _has_no_tail(weights)):
         yield f"its tails may be too light (k-hat {weights.khat:.2f} is not well below {weights.khat_threshold:.2f})"
+
+
+def _lost(evidence: Evidence) -> str:
+    """Say which part of the draws has no density, and why."""
+    cause = evidence.without_density.removeprefix("draws have no density: ")
+    why = f" ({cause})" if cause else ""
+    return f"{100 * evidence.weights.outside:.2g}% have no density under the model{why}"
 
 
 def _misfits(evidence: Evidence, errors: float) -> Iterator[str]:
