@@ -20,8 +20,9 @@ from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
+from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like
 from pyro_nf.guides.framed import Framed
+from pyro_nf.guides.latents import check_latents
 from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
@@ -114,14 +115,19 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._outdated = self.prototype_trace is not None and self._model is not None
         return super()._apply(*args, **kwargs)
 
-    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._ensure_prototype(*args, **kwargs)
+    @property
+    def given_model(self) -> Any:
+        """The model as the user gave it, `None` in a copy from a pickle."""
+        return None if self._plain_model is None else self._plain_model[0]
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._prepare(args, kwargs)
         if self._outdated:
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._outdated = False
-        check_latents(self.model, args, kwargs, "AutoFlow")
+        check_latents(self.model, args, kwargs, "AutoFlow", self._latents)
         AutoGuide._setup_prototype(self, *args, **kwargs)
         start = dict(self._initial_values())
         self._unconstrained_shapes = {name: value.shape for name, value in start.items()}
@@ -131,12 +137,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.master is None:  # NeuTraReparam reads the plates, maybe before the guide's first call
             with poutine.block():
                 self._create_plates(*args, **kwargs)
-        if hasattr(self, "flow"):
+        if "flow" in self._modules:
             return
         inner = self._make_flow(self.latent_dim)
         affine = Framed if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
-        self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
+        self._take(flow=Sequential(inner.to(loc), outer), base=self._make_base(self.latent_dim).to(loc))
 
     @torch.no_grad()
     def warm_start(self, *args: Any, num_starts: int = 8, **kwargs: Any) -> Starts:
@@ -176,6 +182,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             affine.assign(best.loc, best.scale_tril)
             if isinstance(self.base, MixtureBase):
                 self.base.assign(starts.modes, starts.shares)
+        self._keep()
         return starts
 
     def density(self, *args: Any, **kwargs: Any) -> Density:
@@ -237,6 +244,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Let this share of the base's draws be wider, and return whether that base can have such: a normal can."""
         if isinstance(self.base, NormalBase):
             self.base.widen(share)
+            self._keep()
         return isinstance(self.base, NormalBase)
 
     @torch.no_grad()
@@ -266,6 +274,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 yield "curve"
         finally:
             self._affine_alone = False
+            self._keep()
         affine.reframe()
         yield "flow"
         yield "flow, longer"
