@@ -26,6 +26,11 @@ class AnySizeGuide(FlowGuide):
     """A guide that looks at its model once for arguments of each shape: the minibatch may differ from call to call."""
 
     def __init__(self, model: Callable[..., Any], create_plates: Callable[..., Any] | None = None) -> None:
+        if create_plates is not None and not callable(create_plates):
+            raise ValueError(
+                "create_plates must be a function of the model's arguments that returns plates, or None; got "
+                f"{create_plates!r}"
+            )
         super().__init__(model, create_plates=create_plates)
         self._prototypes: dict[Any, tuple[Any, Any]] = {}
 

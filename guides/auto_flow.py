@@ -15,12 +15,13 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_nf.arguments import check_number, check_whole_number
 from pyro_nf.coordinates import model_log_density
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like
+from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, is_inside
 from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.latents import check_latents
 from pyro_nf.guides.mixture import MixtureBase
@@ -60,7 +61,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_scale: Initial standard deviation on the real line, positive.
 
     Raises:
-        ValueError: If `init_scale` is not positive; on the first call, if the model has no continuous latents,
+        ValueError: If an argument is none of these, or `init_scale` is not positive; on the first call, if the model has no continuous latents,
             discrete ones, or local ones in a subsampled plate, or if the flow has another dimension.
 
     Example:
@@ -83,9 +84,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_feasible,
         init_scale: float = 0.1,
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive; got {init_scale!r}")
-        flow = _couplings if flow == "auto" else flow
+        init_scale = check_number("init_scale", init_scale, above=0.0)
+        if not callable(init_loc_fn):
+            raise ValueError(f"init_loc_fn must be a strategy of pyro.infer.autoguide, a function; got {init_loc_fn!r}")
+        flow = _couplings if isinstance(flow, str) and flow == "auto" else flow
         check_flow_like(flow)
         check_base(base)
         super().__init__(model, init_loc_fn=_starting(init_loc_fn))
@@ -160,10 +162,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
             What was found, and whether the runs agree.
 
         Raises:
-            ValueError: If `num_starts` is not positive, or there are more than 1,000 coordinates.
+            ValueError: If `num_starts` is no whole number of at least 1, or there are more than 1,000 coordinates.
         """
-        if num_starts < 1:
-            raise ValueError(f"num_starts must be at least 1; got {num_starts!r}")
+        num_starts = check_whole_number("num_starts", num_starts)
         self._ensure_prototype(*args, **kwargs)
         if self.latent_dim > _FULL_RANK_DIM:
             raise ValueError(
@@ -287,16 +288,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 raise ValueError(
                     f"init_loc_fn must give site {name!r} a value of shape {tuple(shape)}; got {tuple(value.shape)}"
                 )
-            to_support = bijection(site)
-            start = to_support.inv(value)
-            # torch's inverses clamp what lies outside, where they do not return NaN.
-            back = torch.allclose(to_support(start), value, rtol=1e-3, atol=1e-4)
-            if not back or not bool(start.isfinite().all()):
+            if not is_inside(site, value):
                 support = site["fn"].support
                 raise ValueError(
                     f"init_loc_fn must give site {name!r} a value inside its support {support}; got {value}"
                 )
-            yield name, start
+            yield name, bijection(site).inv(value)
 
     def _check_supports(self, start: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the model at other values, and report a site whose support has moved with them."""

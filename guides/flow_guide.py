@@ -1,6 +1,7 @@
 """What our guides share: draws, densities and quantiles in the model's own space."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -73,6 +74,8 @@ def build_flow(flow: FlowLike, dim: int, **options: Any) -> Flow:
         built = flow
     else:
         built = flow(dim, **options)
+    if not isinstance(built, Flow):
+        raise ValueError(f"flow must be a factory that returns a Flow; it returned {built!r} for dim={dim}")
     if tuple(built.event_shape) != (dim,):
         raise ValueError(
             f"flow must be over the model's {dim} unconstrained latent coordinates; "
@@ -154,24 +157,20 @@ class FlowGuide(AutoGuide):
             `(*batch,)`.
 
         Raises:
-            ValueError: If a site is missing.
+            ValueError: If a site is missing, has another shape, or values outside its support.
         """
         self._ensure_prototype(*args, **kwargs)
-        sites = list(self.prototype_trace.iter_stochastic_nodes())
-        missing = [name for name, _ in sites if name not in latents]
-        if missing:
-            raise ValueError(f"latents must hold every latent site; {', '.join(missing)} missing")
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        batch = _check_values(latents, sites)
 
         def one(values: dict[str, Tensor]) -> Tensor:
             posterior = self.get_posterior(*args, **kwargs)
-            flat = [bijection(site).inv(values[name]) for name, site in sites]
+            flat = [bijection(site).inv(values[name]) for name, site in sites.items()]
             latent = self._pack_latent(flat)
             log_det = sum(d.sum() for _, _, d in self._constrained(latent))
             return posterior.log_prob(latent).sum() - log_det
 
-        name, site = sites[0]
-        batch = latents[name].shape[: latents[name].dim() - site["value"].dim()]
-        flat = {name: latents[name].reshape(-1, *latents[name].shape[len(batch) :]) for name, _ in sites}
+        flat = {name: latents[name].reshape(-1, *latents[name].shape[len(batch) :]) for name in sites}
         result: Tensor = _map_draws(one, flat)
         return result.reshape(batch)
 
@@ -193,8 +192,11 @@ class FlowGuide(AutoGuide):
         Raises:
             ValueError: If a level is not between 0 and 1.
         """
-        asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
-        if asked.dim() > 1 or not bool(((asked >= 0) & (asked <= 1)).all()):
+        try:
+            asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
+        except (TypeError, ValueError, RuntimeError):
+            asked = torch.tensor(math.nan)
+        if asked.dim() > 1 or not asked.numel() or not bool(((asked >= 0) & (asked <= 1)).all()):
             raise ValueError(f"quantiles must be levels between 0 and 1, in one dimension; got {quantiles!r}")
         self._ensure_prototype(*args, **kwargs)
         devices = [param.device for param in self.parameters() if param.is_cuda][:1]
@@ -428,6 +430,42 @@ class FlowGuide(AutoGuide):
     def _models(self) -> dict[str, Any]:
         """The attributes that hold the model, which copies share and pickles go without."""
         return {name: self.__dict__[name] for name in ("_model", "_plain_model") if name in self.__dict__}
+
+
+def _check_values(latents: Any, sites: dict[str, Any]) -> torch.Size:
+    """Raise a `ValueError` unless these are values of all sites, inside their supports; return their batch shape."""
+    if not isinstance(latents, Mapping):
+        raise ValueError(f"latents must be a dictionary of sites' names and values; got {type(latents).__name__}")
+    if missing := [name for name in sites if name not in latents]:
+        raise ValueError(f"latents must hold every latent site; {', '.join(missing)} missing")
+    batch: torch.Size | None = None
+    for name, site in sites.items():
+        value, shape = latents[name], site["value"].shape
+        if not isinstance(value, Tensor):
+            raise ValueError(f"latents must hold tensors; got {type(value).__name__} for site {name!r}")
+        lead = value.shape[: max(value.dim() - len(shape), 0)]
+        if value.shape != lead + shape or (batch is not None and lead != batch):
+            wanted = f"(*batch, {', '.join(map(str, shape))})" if shape else "(*batch,)"
+            raise ValueError(
+                f"latents must have values of shape {wanted} for site {name!r}, with one batch shape for all sites; "
+                f"got {tuple(value.shape)}"
+            )
+        batch = lead
+        if not is_inside(site, value):
+            raise ValueError(
+                f"latents must be inside the supports; site {name!r}, on {site['fn'].support}, has other values"
+            )
+    return torch.Size() if batch is None else batch
+
+
+def is_inside(site: dict[str, Any], value: Tensor) -> bool:
+    """Whether values are inside a site's support, and finite, up to rounding."""
+    to_support = bijection(site)
+    with pyro.validation_enabled(False):
+        start = to_support.inv(value)
+        # torch's inverses clamp what lies outside, where they do not return NaN.
+        back = torch.allclose(to_support(start), value, rtol=1e-3, atol=1e-4)
+    return back and bool(start.isfinite().all())
 
 
 def _version(tensor: Tensor) -> int:
