@@ -10,10 +10,12 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
+from pyro_nf.arguments import check_choice
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
 from pyro_nf.guides.bases import NormalBase
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents, has_rows
+from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like
+from pyro_nf.guides.latents import check_latents, has_rows
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import signature
 
@@ -24,20 +26,34 @@ class AnySizeGuide(FlowGuide):
     """A guide that looks at its model once for arguments of each shape: the minibatch may differ from call to call."""
 
     def __init__(self, model: Callable[..., Any], create_plates: Callable[..., Any] | None = None) -> None:
+        if create_plates is not None and not callable(create_plates):
+            raise ValueError(
+                "create_plates must be a function of the model's arguments that returns plates, or None; got "
+                f"{create_plates!r}"
+            )
         super().__init__(model, create_plates=create_plates)
         self._prototypes: dict[Any, tuple[Any, Any]] = {}
 
-    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         key = signature(args, kwargs)
         if key not in self._prototypes:
-            if self._model is None:
+            if self.prototype_trace is not None and self._model is None:
                 raise ValueError(
                     f"args hold data of a new shape, and this {type(self).__name__} is a copy without its model, which "
                     "pickle and deepcopy leave behind: make a guide of the model, and load this one's state_dict"
                 )
-            self._setup_prototype(*args, **kwargs)
+            if self.prototype_trace is not None and not self._is_part:
+                self.look_again(*args, **kwargs)
+            if self.prototype_trace is None:
+                self._set_up(args, kwargs)
+            else:
+                self._setup_prototype(*args, **kwargs)
             self._prototypes[key] = (self.prototype_trace, self._prototype_frames)
         self.prototype_trace, self._prototype_frames = self._prototypes[key]
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._prototypes = {}
 
 
 class AmortizedFlow(AnySizeGuide):
@@ -94,8 +110,7 @@ class AmortizedFlow(AnySizeGuide):
         create_plates: Callable[..., Any] | None = None,
     ) -> None:
         check_encoder(encoder)
-        if affine not in ("last", "first"):
-            raise ValueError(f"affine must be 'last' or 'first'; got {affine!r}")
+        check_choice("affine", affine, ("last", "first"))
         if flow is not None:
             check_flow_like(flow)
         super().__init__(model, create_plates)
@@ -128,7 +143,7 @@ class AmortizedFlow(AnySizeGuide):
         return FlowDistribution(self.base(), self.flow, self._context(args, kwargs))
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        trace = check_latents(self.model, args, kwargs, "AmortizedFlow", local=True)
+        trace = check_latents(self.model, args, kwargs, "AmortizedFlow", self._latents, local=True)
         super()._setup_prototype(*args, **kwargs)
         sites = list(self.prototype_trace.iter_stochastic_nodes())
         (self._plate,) = sites[0][1]["cond_indep_stack"]
@@ -139,15 +154,19 @@ class AmortizedFlow(AnySizeGuide):
         if not self._plates_are_given:
             check_indices(trace, {self._plate.name})
         if "flow" not in self._modules:
-            self._build(args, kwargs, unconstrained)
+            self._take(**{name: part.to(unconstrained) for name, part in self._build(args, kwargs).items()})
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> None:
+    def _may_change(self, plate: str) -> bool:
+        return True
+
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, nn.Module]:
         # A few rows will do, in whatever order: the data may be large.
         few = torch.arange(self._plate.size)
         args, kwargs = cut(args, kwargs, self._plate.full_size or self._plate.size, few)
         try:
             with torch.no_grad():
-                width = self._encode(args, kwargs).shape[-1]
+                # Not by self.encoder, which Pyro would put into its store, before the guide has its name there.
+                width = self._encode(self._modules["encoder"], args, kwargs).shape[-1]
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"encoder fails on the model's arguments: {str(error).splitlines()[0]}") from error
         dim = sum(shape.numel() for shape in self._event_shapes)
@@ -156,14 +175,14 @@ class AmortizedFlow(AnySizeGuide):
             inner = self._make_flow(dim, context_dim=width)
             _check_width(inner.context_dim or width, width)
             layers.insert(len(layers) if self._affine_is_first else 0, inner)
-        self._set_flow(Sequential(*layers).to(like), NormalBase(dim).to(like))
+        return {"flow": Sequential(*layers), "base": NormalBase(dim)}
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        return self._encode(args, kwargs)
+        return self._encode(self.encoder, args, kwargs)
 
-    def _encode(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        named = inspect.signature(self.encoder.forward).parameters
-        context = self.encoder(*args, **{name: value for name, value in kwargs.items() if name in named})
+    def _encode(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        named = inspect.signature(encoder.forward).parameters
+        context = encoder(*args, **{name: value for name, value in kwargs.items() if name in named})
         if not isinstance(context, Tensor) or context.dim() != 2:
             got = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"encoder must return a tensor of shape (batch, width); got {got}")

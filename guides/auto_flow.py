@@ -15,14 +15,15 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.arguments import check_number, check_whole_number, unpacked
 from pyro_nf.calls import takes_model_arguments
 from pyro_nf.density import Density
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, check_latents
+from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, is_inside
 from pyro_nf.guides.framed import Framed
+from pyro_nf.guides.latents import check_latents
 from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
 from pyro_nf.normals import nearest_normal
@@ -64,8 +65,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_scale: Initial standard deviation on the real line, positive.
 
     Raises:
-        ValueError: If `init_scale` is not positive; on the first call, if the model has no continuous latents,
-            discrete ones, or local ones in a subsampled plate, or if the flow has another dimension.
+        ValueError: If an argument is none of these, or `init_scale` is not positive; on the first call, if the model
+            has no continuous latents, discrete ones, or local ones in a subsampled plate, or if the flow has another
+            dimension.
 
     Example:
         >>> import pyro
@@ -87,9 +89,10 @@ class AutoFlow(FlowGuide, AutoContinuous):
         init_loc_fn: Callable[..., Any] = init_to_feasible,
         init_scale: float = 0.1,
     ) -> None:
-        if not init_scale > 0:
-            raise ValueError(f"init_scale must be positive; got {init_scale!r}")
-        flow = _couplings if flow == "auto" else flow
+        init_scale = check_number("init_scale", init_scale, above=0.0)
+        if not callable(init_loc_fn):
+            raise ValueError(f"init_loc_fn must be a strategy of pyro.infer.autoguide, a function; got {init_loc_fn!r}")
+        flow = _couplings if isinstance(flow, str) and flow == "auto" else flow
         check_flow_like(flow)
         check_base(base)
         super().__init__(model, init_loc_fn=_starting(init_loc_fn))
@@ -119,14 +122,19 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._outdated = self.prototype_trace is not None and self._model is not None
         return super()._apply(*args, **kwargs)
 
-    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._ensure_prototype(*args, **kwargs)
+    @property
+    def given_model(self) -> Any:
+        """The model as the user gave it, `None` in a copy from a pickle."""
+        return None if self._plain_model is None else self._plain_model[0]
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._prepare(args, kwargs)
         if self._outdated:
             self._setup_prototype(*args, **kwargs)
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
         self._outdated = False
-        check_latents(self.model, args, kwargs, "AutoFlow")
+        check_latents(self.model, args, kwargs, "AutoFlow", self._latents)
         AutoGuide._setup_prototype(self, *args, **kwargs)
         start = dict(self._initial_values())
         self._unconstrained_shapes = {name: value.shape for name, value in start.items()}
@@ -136,12 +144,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if self.master is None:  # NeuTraReparam reads the plates, maybe before the guide's first call
             with poutine.block():
                 self._create_plates(*args, **kwargs)
-        if hasattr(self, "flow"):
+        if "flow" in self._modules:
             return
         inner = self._make_flow(self.latent_dim)
         affine = Framed if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
-        self._set_flow(Sequential(inner.to(loc), outer), self._make_base(self.latent_dim).to(loc))
+        self._take(flow=Sequential(inner.to(loc), outer), base=self._make_base(self.latent_dim).to(loc))
 
     @takes_model_arguments
     @torch.no_grad()
@@ -160,7 +168,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             What was found, and whether the runs agree.
 
         Raises:
-            ValueError: If `num_starts` is not positive, or there are more than 1,000 coordinates.
+            ValueError: If `num_starts` is no whole number of at least 1, or there are more than 1,000 coordinates.
         """
         num_starts = check_whole_number("num_starts", num_starts)
         args, kwargs = unpacked(args, kwargs)
@@ -197,6 +205,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
             affine.assign(best.loc, best.scale_tril)
             if isinstance(self.base, MixtureBase):
                 self.base.assign(starts.modes, starts.shares)
+        self._keep()
         return starts
 
     def density(self, *args: Any, **kwargs: Any) -> Density:
@@ -264,6 +273,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Let this share of the base's draws be wider, and return whether that base can have such: a normal can."""
         if isinstance(self.base, NormalBase):
             self.base.widen(share)
+            self._keep()
         return isinstance(self.base, NormalBase)
 
     @torch.no_grad()
@@ -293,6 +303,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 yield "curve"
         finally:
             self._affine_alone = False
+            self._keep()
         affine.reframe()
         yield "flow"
         yield "flow, longer"
@@ -305,16 +316,12 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 raise ValueError(
                     f"init_loc_fn must give site {name!r} a value of shape {tuple(shape)}; got {tuple(value.shape)}"
                 )
-            to_support = bijection(site)
-            start = to_support.inv(value)
-            # torch's inverses clamp what lies outside, where they do not return NaN.
-            back = torch.allclose(to_support(start), value, rtol=1e-3, atol=1e-4)
-            if not back or not bool(start.isfinite().all()):
+            if not is_inside(site, value):
                 support = site["fn"].support
                 raise ValueError(
                     f"init_loc_fn must give site {name!r} a value inside its support {support}; got {value}"
                 )
-            yield name, start
+            yield name, bijection(site).inv(value)
 
     def _check_supports(self, start: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the model at other values, and report a site whose support has moved with them."""

@@ -1,6 +1,5 @@
 """Base distributions of flow guides: modules that make one at each call, from their present parameters."""
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -11,6 +10,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_nf.arguments import check_choice
 from pyro_nf.flows.numerics import positive
 from pyro_nf.guides.mixture import MixtureBase
 
@@ -129,15 +129,26 @@ _BASES: dict[str, Callable[[int], nn.Module]] = {
 
 
 def check_base(base: BaseLike) -> None:
-    """Raise a `ValueError` unless this names a base, the nearest ones offered, or makes one."""
-    if callable(base) or base in _BASES:
-        return
-    near = difflib.get_close_matches(str(base), _BASES, n=1, cutoff=0.4)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"base must be one of {', '.join(_BASES)}, or a factory dim -> module; got {base!r}{hint}")
+    """Raise a `ValueError` unless this names a base, the nearest one offered, or makes one."""
+    if not callable(base):
+        check_choice("base", base, _BASES, also="a factory dim -> module")
 
 
 def make_base(base: BaseLike, dim: int) -> nn.Module:
-    """Build a base over `dim` coordinates, from its name or its factory."""
+    """Build a base over `dim` coordinates, from its name or its factory.
+
+    Raises:
+        ValueError: If a factory makes no module that returns a distribution over as many coordinates.
+    """
     check_base(base)
-    return _BASES[base](dim) if isinstance(base, str) else base(dim)
+    if isinstance(base, str):
+        return _BASES[base](dim)
+    made = base(dim)
+    if not isinstance(made, nn.Module):
+        raise ValueError(f"base must be a factory that returns a module; it returned {made!r} for dim={dim}")
+    made_of = made()
+    shape = getattr(made_of, "event_shape", None)
+    if shape != (dim,):
+        got = type(made_of).__name__ if shape is None else f"one of event shape {tuple(shape)}"
+        raise ValueError(f"base must return a distribution over the {dim} coordinates when it is called; got {got}")
+    return made

@@ -1,18 +1,16 @@
 """What our guides share: draws, densities and quantiles in the model's own space."""
 
 import copy
-import itertools
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.distributions import Distribution
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.subsample_messenger import _Subsample
+from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
@@ -20,14 +18,25 @@ from pyro_nf.arguments import Arguments, check_whole_number, unpacked
 from pyro_nf.calls import takes_model_arguments
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
+from pyro_nf.guides.latents import (
+    Shape,
+    argument_kinds,
+    argument_sizes,
+    explain_lost,
+    lost_latents,
+    run_quietly,
+)
+from pyro_nf.guides.parameter_store import has_name, keep_entries, take_name, tensors, withdraw
 from pyro_nf.noise import running
 from pyro_nf.supports import bijection
 from pyro_nf.tracing import is_latent
 
 # Draws behind medians and quantiles: a median's error is 1.25 / sqrt(10,000) = 1.25% of a standard deviation.
 _QUANTILE_DRAWS = 10_000
-
-_COUNTERS: dict[str, Iterator[int]] = defaultdict(itertools.count)
+# Kinds and sizes of arguments at which the model is looked at once more.
+_MAX_LOOKS = 40
+# The modules that are made when a guide is set up.
+_MADE = ("flow", "base", "follow")
 
 FlowLike = str | Flow | Callable[..., Flow]
 _Self = TypeVar("_Self", bound="FlowGuide")
@@ -67,6 +76,8 @@ def build_flow(flow: FlowLike, dim: int, **options: Any) -> Flow:
         built = flow
     else:
         built = flow(dim, **options)
+    if not isinstance(built, Flow):
+        raise ValueError(f"flow must be a factory that returns a Flow; it returned {built!r} for dim={dim}")
     if tuple(built.event_shape) != (dim,):
         raise ValueError(
             f"flow must be over the model's {dim} unconstrained latent coordinates; "
@@ -75,100 +86,11 @@ def build_flow(flow: FlowLike, dim: int, **options: Any) -> Flow:
     return built
 
 
-def trace_latents(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: str
-) -> tuple[poutine.Trace, dict[str, Any]]:
-    """Run the model once and return its trace and its latent sites, which must be of a kind that a guide takes.
-
-    Raises:
-        ValueError: If there is no latent, a discrete one, or one in a sequential plate, or if the model fails on data
-            that fit none of its subsampled plates.
-    """
-    tracer = poutine.trace(model)
-    try:
-        with poutine.block(), torch.no_grad(), running():
-            trace = tracer.get_trace(*args, **kwargs)
-    except (IndexError, RuntimeError, ValueError) as error:
-        _explain_sizes(tracer.trace, (*args, *kwargs.values()), error)
-        raise
-    sites = {name: site for name, site in trace.nodes.items() if is_latent(site)}
-    if not sites:
-        raise ValueError(f"{guide} found no latent variables in the model: there is no posterior to fit")
-    for name, site in sites.items():
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"{guide} takes continuous latents; site {name!r} is discrete. Sum it out: enumerate it with "
-                f"TraceEnum_ELBO and build the guide on pyro.poutine.block(model, hide=[{name!r}])"
-            )
-        for frame in site["cond_indep_stack"]:
-            if not frame.vectorized:
-                raise ValueError(
-                    f"site {name!r} stands in a sequential plate, a loop over pyro.plate({frame.name!r}, ...); "
-                    f"{guide} takes vectorized ones: with pyro.plate({frame.name!r}, ...)"
-                )
-    return trace, sites
-
-
-def check_latents(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], guide: str, local: bool = False
-) -> poutine.Trace:
-    """Run the model once and check that its latents are of the kind that a guide takes.
-
-    Args:
-        model: The Pyro model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        guide: Name of the guide, for the message.
-        local: Whether the guide is for the local latents of one plate, or for latents that are always all there.
-
-    Returns:
-        The model's trace.
-
-    Raises:
-        ValueError: If a latent stands inside (`local`: outside) a subsampled plate; else as `trace_latents`.
-    """
-    trace, sites = trace_latents(model, args, kwargs, guide)
-    for name, site in sites.items():
-        subsampled = [f.name for f in site["cond_indep_stack"] if f.full_size is not None and f.size < f.full_size]
-        if subsampled and not local:
-            raise ValueError(
-                f"site {name!r} is local to the subsampled plate {subsampled[0]!r}, so that each step sees other "
-                f"latents: {guide} needs them all. Give the plate an encoder: AmortizedFlow(model, encoder), or, with "
-                f"global latents too, StructuredFlow(model, {{{subsampled[0]!r}: encoder}})"
-            )
-    if local:
-        plates = {tuple(frame.name for frame in site["cond_indep_stack"]) for site in sites.values()}
-        if len(plates) > 1 or any(len(names) != 1 for names in plates):
-            places = ", ".join(
-                f"{name!r} in {' and '.join(f.name for f in site['cond_indep_stack']) or 'no plate'}"
-                for name, site in sites.items()
-            )
-            raise ValueError(
-                f"{guide} takes latents that all stand in one plate, and in no other; got {places}. Latents outside "
-                "the plate: StructuredFlow(model, {plate: encoder}). Nested plates: make the inner one an event "
-                "dimension, by .to_event(1)"
-            )
-    return trace
-
-
-def has_rows(value: Any, size: int | None) -> bool:
-    """Whether this is a tensor with a row for each of the `size` elements of a plate."""
-    return isinstance(value, Tensor) and value.dim() > 0 and len(value) == size
-
-
-def _explain_sizes(trace: poutine.Trace, values: tuple[Any, ...], error: Exception) -> None:
-    """Raise a `ValueError` if a model that failed has a subsampled plate, and no data of that plate's size."""
-    rows = [len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0]
-    for name, site in trace.nodes.items():
-        fn = site.get("fn")
-        subsampled = isinstance(fn, _Subsample) and fn.subsample_size not in (None, fn.size)
-        if subsampled and rows and fn.size not in rows:
-            raise ValueError(
-                f"args hold data of {' and '.join(map(str, rows))} rows, on which the model fails: its plate {name!r} "
-                f"has size {fn.size} and subsample_size {fn.subsample_size}. Pass all {fn.size} rows, for the model to "
-                "take those with the plate's indices; or minibatches x, without indexing them, in "
-                f"pyro.plate({name!r}, {fn.size}, subsample_size=len(x))"
-            ) from error
+def check_model(model: Any) -> Any:
+    """Return a model, or raise a `ValueError`: it must be callable."""
+    if not callable(model):
+        raise ValueError(f"model must be a Pyro model, a function or a module; got {model!r}")
+    return model
 
 
 class FlowGuide(AutoGuide):
@@ -176,23 +98,29 @@ class FlowGuide(AutoGuide):
 
     A subclass says what the posterior over the coordinates is and how they are cut (`get_posterior` and
     `_unpack_latent`); everything in the model's own space follows.
+
+    The first call decides which sites are the guide's. It looks again where the kind of the arguments is another, or
+    their sizes are: where a site of its own is observed then, or has another shape, an untrained guide is set up anew.
     """
 
     prototype_trace: Any
     _prototype_frames: Any
     _pyro_name: str
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: Callable[..., Any], **options: Any) -> None:
+        super().__init__(check_model(model), **options)
+        self._name = self._pyro_name
         self._pending: dict[str, Tensor] = {}
-        self._take_name()
+        self._latents: dict[str, Shape] = {}
+        self._seen: set[Any] = set()
+        self._start: dict[str, tuple[float, float]] = {}
+        self._versions: dict[str, int] = {}
+        self._changed: set[str] = set()
 
-    def _take_name(self) -> None:
-        # Pyro keeps parameters by name, and gives every guide of a class the same: a second one would take over the
-        # first one's parameters without a word. Here the first is AutoFlow, the next AutoFlow_1, ...
-        kind = type(self).__name__
-        number = next(_COUNTERS[kind])
-        self._pyro_set_supermodule(f"{kind}_{number}" if number else kind, self._pyro_context)
+    @property
+    def given_model(self) -> Any:
+        """The model as the user gave it, `None` in a copy from a pickle."""
+        return None if self._model is None else self._model[0]
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
         """Return the posterior over the unconstrained coordinates."""
@@ -237,25 +165,21 @@ class FlowGuide(AutoGuide):
             `(*batch,)`.
 
         Raises:
-            ValueError: If a site is missing.
+            ValueError: If a site is missing, has another shape, or values outside its support.
         """
         args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
-        sites = list(self.prototype_trace.iter_stochastic_nodes())
-        missing = [name for name, _ in sites if name not in latents]
-        if missing:
-            raise ValueError(f"latents must hold every latent site; {', '.join(missing)} missing")
+        sites = dict(self.prototype_trace.iter_stochastic_nodes())
+        batch = _check_values(latents, sites)
 
         def one(values: dict[str, Tensor]) -> Tensor:
             posterior = self.get_posterior(*args, **kwargs)
-            flat = [bijection(site).inv(values[name]) for name, site in sites]
+            flat = [bijection(site).inv(values[name]) for name, site in sites.items()]
             latent = self._pack_latent(flat)
             log_det = sum(d.sum() for _, _, d in self._constrained(latent))
             return posterior.log_prob(latent).sum() - log_det
 
-        name, site = sites[0]
-        batch = latents[name].shape[: latents[name].dim() - site["value"].dim()]
-        flat = {name: latents[name].reshape(-1, *latents[name].shape[len(batch) :]) for name, _ in sites}
+        flat = {name: latents[name].reshape(-1, *latents[name].shape[len(batch) :]) for name in sites}
         result: Tensor = _map_draws(one, flat)
         return result.reshape(batch)
 
@@ -278,8 +202,11 @@ class FlowGuide(AutoGuide):
         Raises:
             ValueError: If a level is not between 0 and 1.
         """
-        asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
-        if asked.dim() > 1 or not bool(((asked >= 0) & (asked <= 1)).all()):
+        try:
+            asked = torch.as_tensor(quantiles, dtype=torch.get_default_dtype())
+        except (TypeError, ValueError, RuntimeError):
+            asked = torch.tensor(math.nan)
+        if asked.dim() > 1 or not asked.numel() or not bool(((asked >= 0) & (asked <= 1)).all()):
             raise ValueError(f"quantiles must be levels between 0 and 1, in one dimension; got {quantiles!r}")
         args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
@@ -298,38 +225,179 @@ class FlowGuide(AutoGuide):
     def _pack_latent(self, parts: list[Tensor]) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def _is_part(self) -> bool:
+        """Whether this is a part of a guide of ours, which looks at the model and the store for all its parts."""
+        return self.master is not None and isinstance(self.master(), FlowGuide)
+
+    @property
+    def _parts(self) -> "list[FlowGuide]":
+        return [part for part in self._modules.values() if isinstance(part, FlowGuide)]
+
     def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
+        is_new = self.prototype_trace is None
+        self._prepare(args, kwargs)
+        self._keep(is_new)
+
+    def _keep(self, is_new: bool = False) -> None:
+        """Have a name in the parameter store, and bring the guide and what is there into line."""
+        if self._is_part:
+            # In a call of the whole guide, that has done it already.
+            if self.master()._latents and not self._pyro_context.active:
+                self.master()._keep()
+            return
+        if pyro.settings.get("module_local_params"):
+            return
+        if self.master is None and self._name == self._pyro_name and not has_name(self):
+            if not is_new and not self._pyro_context.active:
+                return  # a copy, or a guide whose name went to another one, that draws without Pyro
+            take_name(self, type(self).__name__, move_aside=is_new)
+            self._name = self._pyro_name
+        keep_entries(self, self._changed_buffers())
+
+    def _changed_buffers(self) -> set[str]:
+        """Names in the parameter store of the buffers that have other values than when the guide was set up."""
+        written = []
+        for name, tensor in self._own_tensors():
+            if not isinstance(tensor, nn.Parameter) and name not in self._changed:
+                version = _version(tensor)
+                if version != self._versions.get(name, 0):
+                    written.append((name, tensor))
+                self._versions[name] = version
+        self._changed |= {
+            name for name, found in _fingerprints(written).items() if not _alike(found, self._start[name])
+        }
+        names = {f"{self._pyro_name}.{name}" for name in self._changed}
+        return names.union(*(part._changed_buffers() for part in self._parts))
+
+    def _own_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What training may change, less what is of parts, by names within this guide."""
+        start = len(self._pyro_name) + 1
+        parts = tuple(f"{part._pyro_name}." for part in self._parts)
+        return ((name[start:], value) for name, value in tensors(self) if not name.startswith(parts))
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state dict, as any module does, before the first call or after it."""
+        result = super().load_state_dict(*args, **kwargs)
+        if self._latents:
+            self._keep()
+        return result
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._changed_buffers()
+        result = super()._apply(*args, **kwargs)
+        self._versions = {name: _version(value) for name, value in self._own_tensors()}
+        return result
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at the model where this may tell something new, and set the guide up at the first call."""
+        if self.prototype_trace is not None and self._is_unseen(args, kwargs):
+            self.look_again(*args, **kwargs)
         if self.prototype_trace is None:
-            if self._model is None:
-                raise RuntimeError(
-                    f"{type(self).__name__} was pickled before its first call, and pickles go without the model: make "
-                    "the guide anew"
-                )
+            self._set_up(args, kwargs)
+
+    def _is_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self._is_part or self._model is None or torch.jit.is_tracing():
+            return False
+        kind = argument_kinds(args, kwargs)
+        key = kind, argument_sizes(args, kwargs)
+        # Where so many sizes changed nothing, sizes change nothing.
+        unseen = kind not in self._seen or (key not in self._seen and len(self._seen) < _MAX_LOOKS)
+        self._seen |= {kind, key}
+        return unseen
+
+    def look_again(self, *args: Any, **kwargs: Any) -> None:
+        """Compare the model's latents with those that the guide was set up for.
+
+        If one of these is none any more, or has another shape, an untrained guide forgets them, and is set up by its
+        next call.
+
+        Args:
+            *args: The model's arguments.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: If the guide is trained, and one of its latents is observed now or has another shape.
+        """
+        if self.prototype_trace is None or self._model is None:
+            return
+        devices = {param.device for param in self.parameters() if param.is_cuda}
+        trace = run_quietly(self.model, args, kwargs, devices)
+        if trace is None:
+            return
+        shapes = {name: self._shape(site) for name, site in trace.nodes.items() if is_latent(site)}
+        lost = lost_latents(self._latents, shapes)
+        if lost and self._is_untrained():
+            self._forget()
+            return
+        for name in lost:
+            if reason := explain_lost(name, trace, self._latents, shapes, type(self).__name__):
+                raise ValueError(reason)
+
+    def _shape(self, site: dict[str, Any]) -> Shape:
+        """Sizes of a site's value, `None` along plates that may have any size."""
+        sizes: list[int | None] = list(site["value"].shape)
+        for frame in site["cond_indep_stack"]:
+            if self._may_change(frame.name):
+                sizes[frame.dim - site["fn"].event_dim] = None
+        return tuple(sizes)
+
+    def _may_change(self, plate: str) -> bool:
+        return False
+
+    def _prototype_hide_fn(self, site: Any) -> bool:
+        """Whether a site of the model is none of the guide's: no latent, or one that came later."""
+        return bool(prototype_hide_fn(site)) or bool(self._latents and site["name"] not in self._latents)
+
+    def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._model is None:
+            raise RuntimeError(
+                f"{type(self).__name__} was pickled before its first call, and pickles go without the model: make "
+                "the guide anew"
+            )
+        try:
             with running():  # the prior's draws may be such that the model has no density there
                 self._setup_prototype(*args, **kwargs)
+        except BaseException:  # half of a guide would pass for a whole one at the next call
+            self._forget()
+            raise
+        self._pending = {}
+        self._latents = {name: self._shape(site) for name, site in self.prototype_trace.iter_stochastic_nodes()}
+        kind = argument_kinds(args, kwargs)
+        self._seen = {kind, (kind, argument_sizes(args, kwargs))}
 
-    def _set_flow(self, flow: Flow, base: nn.Module) -> None:
-        """Take flow and base, and the parameters that `load_state_dict` or the parameter store hold for them."""
-        self.flow, self.base = flow, base
-        pending, self._pending = self._pending, {}
-        store = pyro.get_param_store()
-        for part in ("flow", "base"):
-            module = getattr(self, part)
-            if pending:
-                start = len(part) + 1
-                module.load_state_dict({name[start:]: v for name, v in pending.items() if name.startswith(f"{part}.")})
-            prefix = f"{self._pyro_name}.{part}$$$"
-            for name, param in module.named_parameters():
-                if prefix + name in store:
-                    # Pyro would go on with the store's tensor, and the flow with its own: one must go.
-                    with torch.no_grad():
-                        param.copy_(store[prefix + name])
-                    del store[prefix + name]
+    def _forget(self) -> None:
+        """Become as before the first call."""
+        for part in self._parts:
+            part._forget()
+        withdraw(self)
+        for name in _MADE:
+            self._modules.pop(name, None)
+        self.prototype_trace = None
+        self._latents, self._start, self._versions = {}, {}, {}
+        self._seen, self._changed = set(), set()
+
+    def _take(self, **modules: nn.Module) -> None:
+        """Take flow, base and the like, and the values that `load_state_dict` held for them."""
+        for name, module in modules.items():
+            setattr(self, name, module)
+        self._start = _fingerprints(self._own_tensors())
+        self._versions = {name: _version(value) for name, value in self._own_tensors()}
+        self._changed = set()
+        for name, module in modules.items() if self._pending else ():
+            start = len(name) + 1
+            module.load_state_dict({key[start:]: v for key, v in self._pending.items() if key.startswith(f"{name}.")})
+
+    def _is_untrained(self) -> bool:
+        """Whether all that training changes is as it was when the guide was set up."""
+        now = _fingerprints(self._own_tensors())
+        own = all(_alike(now[name], start) for name, start in self._start.items())
+        return own and all(part._is_untrained() for part in self._parts)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Before the first call there is no flow to load into yet.
-        if not hasattr(self, "flow"):
-            names = [name for name in state_dict if name.startswith((f"{prefix}flow.", f"{prefix}base."))]
+        if "flow" not in self._modules:
+            names = [name for name in state_dict if name.startswith(tuple(f"{prefix}{made}." for made in _MADE))]
             self._pending = {name[len(prefix) :]: state_dict[name].detach().clone() for name in names}
             state_dict = {name: value for name, value in state_dict.items() if name not in names}
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -357,12 +425,12 @@ class FlowGuide(AutoGuide):
         # Pyro's own sets the *original's* model to None. Here only the pickle goes without it, as it must.
         for param in self.parameters():
             param.__dict__.pop("unconstrained", None)  # the parameter store's weak reference
+        self._changed_buffers()
         return {**self.__dict__, **dict.fromkeys(self._models()), "master": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "." not in self._pyro_name:  # not a part of another guide
-            self._take_name()
+        self._versions = {name: _version(value) for name, value in self._own_tensors()}
 
     def __deepcopy__(self: _Self, memo: dict[int, Any]) -> _Self:
         twin = type(self).__new__(type(self))
@@ -374,6 +442,62 @@ class FlowGuide(AutoGuide):
     def _models(self) -> dict[str, Any]:
         """The attributes that hold the model, which copies share and pickles go without."""
         return {name: self.__dict__[name] for name in ("_model", "_plain_model") if name in self.__dict__}
+
+
+def _check_values(latents: Any, sites: dict[str, Any]) -> torch.Size:
+    """Raise a `ValueError` unless these are values of all sites, inside their supports; return their batch shape."""
+    if not isinstance(latents, Mapping):
+        raise ValueError(f"latents must be a dictionary of sites' names and values; got {type(latents).__name__}")
+    if missing := [name for name in sites if name not in latents]:
+        raise ValueError(f"latents must hold every latent site; {', '.join(missing)} missing")
+    batch: torch.Size | None = None
+    for name, site in sites.items():
+        value, shape = latents[name], site["value"].shape
+        if not isinstance(value, Tensor):
+            raise ValueError(f"latents must hold tensors; got {type(value).__name__} for site {name!r}")
+        lead = value.shape[: max(value.dim() - len(shape), 0)]
+        if value.shape != lead + shape or (batch is not None and lead != batch):
+            wanted = f"(*batch, {', '.join(map(str, shape))})" if shape else "(*batch,)"
+            raise ValueError(
+                f"latents must have values of shape {wanted} for site {name!r}, with one batch shape for all sites; "
+                f"got {tuple(value.shape)}"
+            )
+        batch = lead
+        if not is_inside(site, value):
+            raise ValueError(
+                f"latents must be inside the supports; site {name!r}, on {site['fn'].support}, has other values"
+            )
+    return torch.Size() if batch is None else batch
+
+
+def is_inside(site: dict[str, Any], value: Tensor) -> bool:
+    """Whether values are inside a site's support, and finite, up to rounding."""
+    to_support = bijection(site)
+    with pyro.validation_enabled(False):
+        start = to_support.inv(value)
+        # torch's inverses clamp what lies outside, where they do not return NaN.
+        back = torch.allclose(to_support(start), value, rtol=1e-3, atol=1e-4)
+    return back and bool(start.isfinite().all())
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _fingerprints(values: Iterable[tuple[str, Tensor]]) -> dict[str, tuple[float, float]]:
+    """The sum of each tensor's entries, and the root of that of their squares: what training changes."""
+    found = {}
+    for name, tensor in values:
+        entries = tensor.detach().double()
+        found[name] = torch.stack([entries.sum(), torch.linalg.vector_norm(entries)])
+    numbers = torch.stack(list(found.values())).tolist() if found else []
+    return {name: (total, norm) for name, (total, norm) in zip(found, numbers, strict=True)}
+
+
+def _alike(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    """Whether two fingerprints are of the same values, but for rounding: devices add in other orders."""
+    return all(abs(a - b) <= 1e-10 * one[1] for a, b in zip(one, other, strict=True))
 
 
 def _map_draws(function: Callable[..., Any], draws: Any) -> Any:

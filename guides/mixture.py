@@ -11,6 +11,7 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_nf.arguments import check_whole_number
 from pyro_nf.flows import Flow, LowerTriangularAffine
 from pyro_nf.modes import Mode
 
@@ -30,12 +31,11 @@ class MixtureBase(nn.Module):
         num_components: K, at least 2.
 
     Raises:
-        ValueError: If there are fewer than two components.
+        ValueError: If `num_components` is no whole number of at least 2.
     """
 
     def __init__(self, dim: int, num_components: int = 4) -> None:
-        if num_components < 2:
-            raise ValueError(f"num_components must be at least 2; got {num_components!r}")
+        num_components = check_whole_number("num_components", num_components, least=2)
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.components: Any = nn.ModuleList(

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.guides.amortized import AmortizedFlow, AnySizeGuide, Arguments, check_encoder, check_indices
 from pyro_nf.guides.auto_flow import AutoFlow
-from pyro_nf.guides.flow_guide import FlowLike, trace_latents
+from pyro_nf.guides.flow_guide import FlowLike
+from pyro_nf.guides.latents import trace_latents
 from pyro_nf.networks import start_at_zero
 
 
@@ -113,13 +114,16 @@ class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
         point: Tensor = self[0].flow.inverse_and_log_det(latent)[0]
         return point
 
-    def _ensure_prototype(self, *args: Any, **kwargs: Any) -> None:
-        super()._ensure_prototype(*args, **kwargs)
-        for guide in list(self)[1:]:
-            AnySizeGuide._ensure_prototype(guide, *args, **kwargs)
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super()._prepare(args, kwargs)
+        for guide in self._parts:
+            guide._prepare(args, kwargs)
+
+    def _may_change(self, plate: str) -> bool:
+        return plate in self._encoded
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
-        trace, sites = trace_latents(self.model, args, kwargs, "StructuredFlow")
+        trace, sites = trace_latents(self.model, args, kwargs, "StructuredFlow", self._latents)
         places = {name: [frame.name for frame in site["cond_indep_stack"]] for name, site in sites.items()}
         plates = dict.fromkeys(plate for stack in places.values() for plate in stack)
         unknown = [plate for plate in self._encoded if plate not in plates]
@@ -136,7 +140,8 @@ class StructuredFlow(AnySizeGuide, AutoGuideList):  # type: ignore[misc]
         if self.create_plates is None:
             check_indices(trace, set(self._encoded))
         super()._setup_prototype(*args, **kwargs)
-        self[0]._ensure_prototype(*args, **kwargs)
+        for guide in self._parts:
+            guide._prepare(args, kwargs)
 
     def _unpack_latent(self, latent: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for guide, part in zip(self, latent, strict=True):
@@ -185,10 +190,11 @@ class _LocalFlow(AmortizedFlow):
     def _ensure_prototype(self, given: Tensor, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         super()._ensure_prototype(*args, **kwargs)
 
-    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any], like: Tensor) -> None:
-        super()._build(args, kwargs, like)
+    def _build(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, nn.Module]:
+        made = super()._build(args, kwargs)
         size = self._plate.full_size or self._plate.size
-        self.follow = _Following(self.flow.context_dim, self.master()[0].latent_dim, size).to(like)
+        width: Any = made["flow"].context_dim
+        return {**made, "follow": _Following(width, self.master()[0].latent_dim, size)}
 
     def _context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         given, *rest = args

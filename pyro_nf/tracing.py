@@ -119,10 +119,7 @@ class Program:
         key = signature(args, kwargs)
         if key not in self._structures:
             with torch.no_grad(), poutine.block(), running():
-                # A first call lets an automatic guide set itself up, and report what is wrong with the model.
-                self.guide(*args, **kwargs)
-                count = CountedNoise()
-                particle = self._run(args, kwargs, count)
+                particle, count = self._first_run(args, kwargs)
             subsamples = _inspect(particle)
             self._check(particle.model, args, kwargs)
             like = torch.empty(0, device=_device(particle)) if count.like is None else count.like
@@ -307,6 +304,25 @@ class Program:
     def _again(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Tensor]) -> Particle:
         with torch.no_grad(), poutine.block(), running(), SharedSubsamples(indices):
             return self._run(args, kwargs)
+
+    def _first_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Particle, CountedNoise]:
+        """Run a particle and count its noise; a guide whose sites are not the model's may look at the model again."""
+        look_again = getattr(self.guide, "look_again", None)
+        try:
+            found = self._counted_run(args, kwargs)
+            if look_again is None or _latents(found[0].guide) == _latents(found[0].model):
+                return found
+        except (RuntimeError, ValueError):
+            if look_again is None:
+                raise
+        look_again(*args, **kwargs)
+        return self._counted_run(args, kwargs)
+
+    def _counted_run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Particle, CountedNoise]:
+        # A first call lets an automatic guide set itself up, and report what is wrong with the model.
+        self.guide(*args, **kwargs)
+        count = CountedNoise()
+        return self._run(args, kwargs, count), count
 
     def _run(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], noise: AbstractContextManager[Any] | None = None
@@ -548,6 +564,12 @@ def is_latent(site: dict[str, Any]) -> bool:
     return site["type"] == "sample" and not site["is_observed"] and not isinstance(site["fn"], _Subsample)
 
 
+def _latents(trace: poutine.Trace) -> set[str]:
+    """Names of a trace's latents, but for auxiliary ones."""
+    sites = trace.nodes.items()
+    return {name for name, site in sites if is_latent(site) and not site["infer"].get("is_auxiliary")}
+
+
 def _detached(trace: poutine.Trace) -> poutine.Trace:
     fixed = trace.copy()
     for name, site in trace.nodes.items():
@@ -595,7 +617,10 @@ def _inspect(particle: Particle) -> dict[str, tuple[int, int]]:
                     "use pyro.infer.TraceEnum_ELBO with Pyro's SVI"
                 )
             if name not in particle.guide.nodes:
-                raise ValueError(f"the guide has no site for the model's latent {name!r}; it must sample every latent")
+                raise ValueError(
+                    f"the guide has no site for the model's latent {name!r}; it must sample every latent (data have to "
+                    "be passed to the model)"
+                )
     for trace in particle:
         for name, site in trace.nodes.items():
             fn = site.get("fn")

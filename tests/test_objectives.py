@@ -283,7 +283,7 @@ def test_an_annealed_fit_goes_on_after_the_annealing():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="annealing_steps must be a whole number of at least 0; got -1"):
         ELBO(annealing_steps=-1)
-    with pytest.raises(ValueError, match="sticking_the_landing must be True, False or 'auto'; got 'never'"):
+    with pytest.raises(ValueError, match="sticking_the_landing must be .* or 'auto'; got 'never'"):
         ELBO(sticking_the_landing="never")
 
 
@@ -398,8 +398,8 @@ def test_a_fit_that_warms_up_ends_at_the_elbo():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"warmup_steps": -1}, "warmup_steps must be a whole number, not negative; got -1"),
-        ({"free_bits": -0.1}, "free_bits must not be negative; got -0.1"),
+        ({"warmup_steps": -1}, "warmup_steps must be a whole number of at least 0; got -1"),
+        ({"free_bits": -0.1}, "free_bits must be a finite number of at least 0; got -0.1"),
     ],
 )
 def test_bad_warm_ups_get_a_sentence(options, message):

@@ -106,9 +106,9 @@ def corrected_posterior(
 
     Raises:
         ValueError: If weights cannot help, because k-hat is not below its threshold (and the weights are not nearly
-            flat) or there are fewer than 100 effective draws; if an option is out of range or may be meant for the model, a
-            plate is subsampled, the guide does not match the model or has no density, or `proposal_df` is given for
-            another kind of guide.
+            flat) or there are fewer than 100 effective draws; if an option is out of range or may be meant for the
+            model, a plate is subsampled, the guide does not match the model or has no density, or `proposal_df` is
+            given for another kind of guide.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72); Tierney (1994), "Markov chains for

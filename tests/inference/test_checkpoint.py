@@ -295,12 +295,14 @@ def test_a_checkpoint_runs_nothing(tmp_path):
 def test_a_pipe_or_a_device_is_no_checkpoint(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
-    for name, kind in (("pipe", "a pipe"), ("zero", "a device"), ("", "a folder")):
+    for name, kind in (("pipe", "a pipe"), ("zero", "a device")):
         for verb in ("run", "resume"):
             with pytest.raises(ValueError, match=f"must be a regular file; it is {kind}"):
                 getattr(fit(tmp_path / name), verb)(DATA)
-    with pytest.raises(ValueError, match="checkpoint must name a file in a folder that exists"):
-        fit(tmp_path / "nowhere" / "fit.pt").run(DATA)
+    with pytest.raises(ValueError, match="checkpoint must be a file's path; got the folder"):
+        fit(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint must be a path in a folder that exists"):
+        fit(tmp_path / "nowhere" / "fit.pt")
 
 
 def test_a_planted_link_is_not_followed(tmp_path):

@@ -179,6 +179,8 @@ def test_a_model_that_takes_lists_is_left_alone_and_one_that_is_wrong_keeps_its_
     with pytest.raises(TypeError, match="size"):
         FlowSVI(listed, AutoNormal(listed), progress=False, max_steps=2).run(["3"], Y)
 
+    pyro.clear_param_store()
+
     def held():
         pyro.sample("y", dist.Normal(pyro.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=[1.0])
 
