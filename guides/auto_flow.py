@@ -403,7 +403,7 @@ def _couplings(dim: int) -> Flow:
 def _build_paced(flow: FlowLike, dim: int) -> Flow:
     """Build the flow; one that the user holds stays as it is, for its parameters are the user's."""
     built = build_flow(flow, dim)
-    return built if isinstance(flow, Flow) else Paced(built)
+    return built if isinstance(flow, Flow) or isinstance(built, Paced) else Paced(built)
 
 
 class _Shared(Transform):

@@ -160,7 +160,7 @@ def _put(entries: dict[str, Tensor], ours: bool = True) -> None:
 
 
 def _shared(buffer: Tensor) -> Tensor:
-    return buffer.detach().requires_grad_()
+    return nn.Parameter(buffer.detach())  # not by requires_grad_(), which vmap refuses
 
 
 def _holder(name: str, params: dict[str, Tensor]) -> Any:

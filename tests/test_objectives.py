@@ -283,7 +283,7 @@ def test_an_annealed_fit_goes_on_after_the_annealing():
 def test_bad_options_are_named():
     with pytest.raises(ValueError, match="annealing_steps must be a whole number of at least 0; got -1"):
         ELBO(annealing_steps=-1)
-    with pytest.raises(ValueError, match="sticking_the_landing must be .* or 'auto'; got 'never'"):
+    with pytest.raises(ValueError, match=r"sticking_the_landing must be .* or 'auto'; got 'never'"):
         ELBO(sticking_the_landing="never")
 
 

@@ -92,6 +92,9 @@ class Paced(Flow):
             for name, unit in self._units.items()
             if unit != 1
         }
+        if torch.jit.is_tracing():  # which functional_call refuses, though it does the same
+            with torch.nn.utils.stateless._reparametrize_module(self._methods[0], thetas):
+                return self._methods[0](method, *args)
         return torch.func.functional_call(self._methods[0], thetas, (method, *args), tie_weights=False)
 
     @torch.no_grad()

@@ -241,7 +241,7 @@ def test_bad_input_gets_a_sentence():
         AutoFlow(regression, 3)
     with pytest.raises(ValueError, match=r"flow must be over the model's 4 unconstrained latent .* \(3,\)"):
         AutoFlow(regression, Planar(3))(X, Y)
-    with pytest.raises(ValueError, match="init_scale must be positive; got -1"):
+    with pytest.raises(ValueError, match="init_scale must be a finite number greater than 0; got -1"):
         AutoFlow(regression, init_scale=-1.0)
     with pytest.raises(ValueError, match="AutoFlow found no latent variables"):
         AutoFlow(no_latents)()

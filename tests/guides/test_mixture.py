@@ -82,7 +82,7 @@ def test_a_base_of_ones_own():
     guide = AutoFlow(regression, base=partial(MixtureBase, num_components=3))
     guide(X, X)
     assert len(guide.base.components) == 3
-    with pytest.raises(ValueError, match="base must be one of normal, student_t, mixture, or a factory"):
+    with pytest.raises(ValueError, match="base must be 'normal', 'student_t', 'mixture' or a factory"):
         AutoFlow(regression, base="mix of")
-    with pytest.raises(ValueError, match="num_components must be at least 2; got 1"):
+    with pytest.raises(ValueError, match="num_components must be a whole number of at least 2; got 1"):
         MixtureBase(3, num_components=1)
