@@ -143,7 +143,12 @@ def make_base(base: BaseLike, dim: int) -> nn.Module:
     check_base(base)
     if isinstance(base, str):
         return _BASES[base](dim)
-    made = base(dim)
+    try:
+        made = base(dim)
+    except TypeError as error:
+        raise ValueError(
+            f"base must be a factory of a module from a number of coordinates; it fails: {error}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise ValueError(f"base must be a factory that returns a module; it returned {made!r} for dim={dim}")
     made_of = made()

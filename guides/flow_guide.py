@@ -75,7 +75,12 @@ def build_flow(flow: FlowLike, dim: int, **options: Any) -> Flow:
     elif isinstance(flow, Flow):
         built = flow
     else:
-        built = flow(dim, **options)
+        try:
+            built = flow(dim, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"flow must be a factory of a Flow from a number of coordinates; it fails: {error}"
+            ) from error
     if not isinstance(built, Flow):
         raise ValueError(f"flow must be a factory that returns a Flow; it returned {built!r} for dim={dim}")
     if tuple(built.event_shape) != (dim,):
@@ -297,7 +302,7 @@ class FlowGuide(AutoGuide):
             self._set_up(args, kwargs)
 
     def _is_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self._is_part or self._model is None or torch.jit.is_tracing():
+        if self._is_part or self._model is None or torch._C._get_tracing_state() is not None:
             return False
         kind = argument_kinds(args, kwargs)
         key = kind, argument_sizes(args, kwargs)

@@ -35,6 +35,7 @@ class MixtureBase(nn.Module):
     """
 
     def __init__(self, dim: int, num_components: int = 4) -> None:
+        dim = check_whole_number("dim", dim)
         num_components = check_whole_number("num_components", num_components, least=2)
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(num_components))

@@ -130,6 +130,19 @@ def check_callable(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a function of Pyro's sample statements or a PyroModule; got {_shown(value)}")
 
 
+def check_has(name: str, value: Any, attributes: Iterable[str], what: str) -> None:
+    """Raise a `ValueError` unless a value has these attributes.
+
+    Args:
+        name: The argument's name.
+        value: What came.
+        attributes: What it must have.
+        what: What is accepted, in words.
+    """
+    if isinstance(value, type) or not all(hasattr(value, attribute) for attribute in attributes):
+        raise ValueError(f"{name} must be {what}; got {_shown(value)}")
+
+
 def check_choice(name: str, value: Any, choices: Iterable[Any], also: str = "") -> Any:
     """Return the value if it is one of the choices; names that are nearly right get the nearest one offered.
 

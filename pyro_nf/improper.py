@@ -44,7 +44,8 @@ class FlatDirections(NamedTuple):
         """
         along = points @ self.basis.mT
         normal = torch.distributions.Normal(self.loc, self.scale, validate_args=False)
-        return (normal.log_prob(along) - self.slopes * along).sum(-1)
+        log_prob: Tensor = (normal.log_prob(along) - self.slopes * along).sum(-1)
+        return log_prob
 
     def as_wide_as(self, draws: Tensor) -> "FlatDirections":
         """Return the same, with a reference as wide as draws `(num_draws, dim)` are: any width is as good."""

@@ -22,7 +22,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from pyro_nf.arguments import check_callable
+from pyro_nf.arguments import check_callable, explain_failure
 from pyro_nf.batching import culprit
 from pyro_nf.noise import CountedNoise, GivenNoise, SharedSubsamples, minibatches, running
 from pyro_nf.rewrites import is_batched
@@ -119,7 +119,11 @@ class Program:
         key = signature(args, kwargs)
         if key not in self._structures:
             with torch.no_grad(), poutine.block(), running():
-                particle, count = self._first_run(args, kwargs)
+                try:
+                    particle, count = self._first_run(args, kwargs)
+                except (TypeError, AttributeError, RuntimeError, ValueError) as error:
+                    explain_failure(self.model, args, kwargs, error)
+                    raise
             subsamples = _inspect(particle)
             self._check(particle.model, args, kwargs)
             like = torch.empty(0, device=_device(particle)) if count.like is None else count.like
@@ -268,7 +272,7 @@ class Program:
     def num_numbers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Return how many numbers the model's latents and data are."""
         sites = self.structure(args, kwargs).particle.model.nodes.values()
-        return sum(site["value"].numel() for site in sites if is_latent(site) or is_data(site))
+        return sum(torch.as_tensor(site["value"]).numel() for site in sites if is_latent(site) or is_data(site))
 
     def rescored(self, particle: Particle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
         r"""Run the guide on the particle's draw held fixed: its density's gradient is the score, d log q / d phi."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf import __version__
-from pyro_nf.arguments import check_whole_number, unpacked
+from pyro_nf.arguments import check_has, check_whole_number, unpacked
 from pyro_nf.calls import takes_model_arguments
 from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics import simulation
@@ -123,6 +123,8 @@ def to_arviz(
     """
     num_samples = check_whole_number("num_samples", num_samples, least=100)
     num_prior_samples = check_whole_number("num_prior_samples", num_prior_samples, least=0)
+    if result is not None:
+        check_has("result", result, ("history",), "what FlowSVI.run returned, or None")
     args, kwargs = unpacked(args, kwargs)
     shown = Progress("to_arviz", progress)
     plain = Program(model, guide)
@@ -302,5 +304,5 @@ def _in_group(group: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _numpy(value: Tensor) -> Array:
-    array: Array = value.detach().cpu().numpy()
+    array: Array = torch.as_tensor(value).detach().cpu().numpy()
     return array

@@ -8,7 +8,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.arguments import Arguments
+from pyro_nf.arguments import Arguments, check_has
 from pyro_nf.diagnostics.diagnosis import diagnose
 from pyro_nf.diagnostics.weights import require_whole_data
 from pyro_nf.matching import require_weights
@@ -78,6 +78,7 @@ def compare(fits: Mapping[str, Fit], **options: Any) -> pd.DataFrame:
         >>> bool(compare({"mean-field": fit}, num_samples=1000)["gap"]["mean-field"] < 0.01)
         True
     """
+    check_has("fits", fits, ("items", "values"), "a dictionary of names and results of FlowSVI.run")
     if not fits:
         raise ValueError("fits must hold at least one fit; got none")
     for name, fit in fits.items():

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import logsumexp
 
+from pyro_nf.arguments import check_has
 from pyro_nf.diagnostics.arviz_versions import elpd_data
 from pyro_nf.diagnostics.local import named_rows
 from pyro_nf.diagnostics.progress import Progress
@@ -97,6 +98,7 @@ def loo(data: Any, *, var_name: str | None = None, progress: bool = True) -> Any
 
 def _samples(data: Any, var_name: str | None) -> tuple[Any, "xarray.DataArray"]:
     """Return `sample_stats` and one site's log-likelihood, `(chain, draw, *shape)`."""
+    check_has("data", data, ("get", "groups"), "what to_arviz returns")
     stats, log_liks = (data.get(group, {}) for group in ("sample_stats", "log_likelihood"))
     if not ("log_p" in stats and "log_q" in stats and len(log_liks)):
         raise ValueError(
@@ -106,7 +108,7 @@ def _samples(data: Any, var_name: str | None) -> tuple[Any, "xarray.DataArray"]:
     names = list(log_liks.data_vars)
     if var_name is None and len(names) == 1:
         var_name = names[0]
-    if var_name not in names:
+    if not isinstance(var_name, str) or var_name not in names:
         raise ValueError(f"var_name must be one of the observed sites {', '.join(map(repr, names))}; got {var_name!r}")
     return stats, log_liks[var_name].transpose("chain", "draw", ...)
 

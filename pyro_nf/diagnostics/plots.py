@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_nf.arguments import check_whole_number
+from pyro_nf.arguments import check_has, check_whole_number, checked
 from pyro_nf.diagnostics.calibration import Calibration, entry_label
 from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
 from pyro_nf.flows import Flow, Sequential
@@ -52,6 +52,7 @@ def plot_elbo(result: Any) -> "Axes":
         >>> plot_elbo(result).get_ylabel()
         'ELBO (nats)'
     """
+    check_has("result", result, ("history", "evaluations"), "what FlowSVI.run returned")
     from matplotlib import pyplot as plt
 
     _, axis = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -103,6 +104,7 @@ def plot_weights(data: Any) -> "Axes":
         >>> plot_weights(0.5 * np.random.default_rng(0).exponential(size=4000)).get_ylabel()
         'weight / mean weight'
     """
+    check_has("data", data, ("groups", "get"), "what to_arviz returns")
     from matplotlib import pyplot as plt
 
     log_weights = _log_weights(data)
@@ -138,6 +140,7 @@ def plot_weights(data: Any) -> "Axes":
     return axis
 
 
+@checked
 def plot_pairs(draws: Mapping[str, Any], var_names: Sequence[str] | None = None) -> Array:
     """Plot draws of several posteriors over each other: each pair of latents, and each latent alone.
 
@@ -230,6 +233,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
         >>> len(plot_flow(guide)) - 1  # layers, the affine one among them
         9
     """
+    check_has("guide", guide, ("get_base_dist", "get_transform"), "a fitted AutoFlow over two coordinates")
     from matplotlib import pyplot as plt
 
     num_samples = check_whole_number("num_samples", num_samples)
@@ -287,6 +291,7 @@ def plot_coverage(calibration: Calibration) -> "Axes":
         >>> plot_coverage(found).get_title()
         '20 simulations: calibrated'
     """
+    check_has("calibration", calibration, ("levels", "ranks"), "what calibrate returned")
     from matplotlib import pyplot as plt
 
     _, axis = plt.subplots(figsize=(5, 5), layout="constrained")
@@ -323,6 +328,7 @@ def _log_weights(data: Any) -> Floats:
 
 def _columns(legend: str, draws: Any, var_names: Sequence[str] | None) -> dict[str, Floats]:
     """Return the entries asked for, `{"theta[0]": (num_samples,)}`."""
+    check_has(f"draws[{legend!r}]", draws, ("items", "values"), "a dictionary of draws, or what to_arviz returns")
     if "posterior" in draws:  # of to_arviz
         dataset = draws["posterior"]
         draws = {name: dataset[name].values.reshape(-1, *dataset[name].shape[2:]) for name in dataset.data_vars}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.arguments import checked
 from pyro_nf.flows.base import Flow, Inverse, Sequential
 
 
@@ -41,6 +42,7 @@ class Paced(Flow):
 
     units: Tensor
 
+    @checked
     def __init__(self, flow: Flow, units: Mapping[str, float] | None = None) -> None:
         super().__init__(flow.event_shape, flow.context_dim)
         self.flow = flow
@@ -92,7 +94,7 @@ class Paced(Flow):
             for name, unit in self._units.items()
             if unit != 1
         }
-        if torch.jit.is_tracing():  # which functional_call refuses, though it does the same
+        if torch._C._get_tracing_state():  # which functional_call refuses, though it does the same
             with torch.nn.utils.stateless._reparametrize_module(self._methods[0], thetas):
                 return self._methods[0](method, *args)
         return torch.func.functional_call(self._methods[0], thetas, (method, *args), tie_weights=False)
