@@ -98,7 +98,7 @@ def loo(data: Any, *, var_name: str | None = None, progress: bool = True) -> Any
 
 def _samples(data: Any, var_name: str | None) -> tuple[Any, "xarray.DataArray"]:
     """Return `sample_stats` and one site's log-likelihood, `(chain, draw, *shape)`."""
-    check_has("data", data, ("get", "groups"), "what to_arviz returns")
+    check_has("data", data, ("get",), "what to_arviz returns")
     stats, log_liks = (data.get(group, {}) for group in ("sample_stats", "log_likelihood"))
     if not ("log_p" in stats and "log_q" in stats and len(log_liks)):
         raise ValueError(

@@ -104,7 +104,6 @@ def plot_weights(data: Any) -> "Axes":
         >>> plot_weights(0.5 * np.random.default_rng(0).exponential(size=4000)).get_ylabel()
         'weight / mean weight'
     """
-    check_has("data", data, ("groups", "get"), "what to_arviz returns")
     from matplotlib import pyplot as plt
 
     log_weights = _log_weights(data)
@@ -322,6 +321,7 @@ def plot_coverage(calibration: Calibration) -> "Axes":
 def _log_weights(data: Any) -> Floats:
     if isinstance(data, (np.ndarray, Tensor)):
         return np.asarray(data, dtype=np.float64).reshape(-1)
+    check_has("data", data, ("get", "groups"), "what to_arviz returns, or log weights")
     stats = data["sample_stats"]
     return np.ravel(stats["log_p"] - stats["log_q"])
 
