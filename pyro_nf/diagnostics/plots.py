@@ -232,10 +232,10 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
         >>> len(plot_flow(guide)) - 1  # layers, the affine one among them
         9
     """
-    check_has("guide", guide, ("get_base_dist", "get_transform"), "a fitted AutoFlow over two coordinates")
     from matplotlib import pyplot as plt
 
     num_samples = check_whole_number("num_samples", num_samples)
+    check_has("guide", guide, ("get_base_dist", "get_transform"), "a fitted AutoFlow over two coordinates")
     base = guide.get_base_dist()
     if tuple(base.event_shape) != (2,):
         raise ValueError(f"guide must be over two coordinates; got one over {tuple(base.event_shape)}")
