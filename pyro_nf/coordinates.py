@@ -1,6 +1,6 @@
 """A model's latents as one vector on the real line, and the log density there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -32,12 +32,16 @@ def coordinates(trace: poutine.Trace) -> Tensor:
 
 def coordinate_names(trace: poutine.Trace) -> list[str]:
     """Return a name for each coordinate: `mu`, `theta[0]`, `theta[1]`, ..., counted along the site's entries."""
+    return names_of({name: site for name, site in trace.nodes.items() if is_latent(site)})
+
+
+def names_of(sites: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return a name for each coordinate of latent sites, in their order, as `coordinate_names` does."""
     names = []
-    for name, site in trace.nodes.items():
-        if is_latent(site):
-            size = bijection(site).inverse_shape(site["value"].shape).numel()
-            scalar = site["value"].dim() == 0
-            names += [name] if scalar else [f"{name}[{i}]" for i in range(size)]
+    for name, site in sites.items():
+        size = bijection(site).inverse_shape(site["value"].shape).numel()
+        scalar = site["value"].dim() == 0
+        names += [name] if scalar else [f"{name}[{i}]" for i in range(size)]
     return names
 
 

@@ -36,6 +36,8 @@ class WeightSummary:
         ess_fraction: `ess / S`: 1 for a perfect guide.
         elbo: Mean of `log w` in nats.
         elbo_mcse: Its Monte Carlo standard error.
+        inner_elbo: ELBO of the guide cut off where the model has no density: the mean of the finite `log w`, and the
+            logarithm of their share. The ELBO itself where all draws have a density.
         iwelbo: Mean of `log (w_1 + ... + w_100) / 100`, the importance-weighted bound, in nats: between the ELBO and
             the log evidence, nearer to this the less the error of `log_evidence` can hide.
         iwelbo_mcse: Its Monte Carlo standard error.
@@ -56,6 +58,7 @@ class WeightSummary:
     ess_fraction: float
     elbo: float
     elbo_mcse: float
+    inner_elbo: float
     iwelbo: float
     iwelbo_mcse: float
     log_evidence: float
@@ -96,6 +99,7 @@ def summarise(log_weights: Floats) -> WeightSummary:
         ess_fraction=ess / num_samples,
         elbo=float(log_weights.mean()),
         elbo_mcse=_mcse(log_weights),
+        inner_elbo=float(log_weights[~outside].mean()) + math.log(1 - outside.mean()),
         iwelbo=float(bounds.mean()),
         iwelbo_mcse=_mcse(bounds),
         log_evidence=log_mean,

@@ -27,8 +27,10 @@ from pyro_nf.arguments import (
     named_arguments,
     unpacked,
 )
+from pyro_nf.coordinates import names_of
 from pyro_nf.density import Density
 from pyro_nf.flows import unpaced
+from pyro_nf.improper import flat_directions
 from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
 from pyro_nf.inference.execution import Execution, Steps, is_now_and_then
 from pyro_nf.inference.fingerprint import Identity
@@ -57,6 +59,8 @@ _MAX_EVAL_BATCHES = 100
 _NUM_SUSPECTS = 20_000
 # Options that a checkpoint is of: with others, its fit would have been another one.
 _OPTIONS = ("num_particles", "learning_rate", "weight_decay", "eval_every", "clip_norm", "seed")
+# Coordinates up to which directions are looked for along which a posterior is improper.
+_MAX_IMPROPER_DIM = 500
 # Steps that leave room for stages.
 _MIN_STAGED = 3000
 # In stages: numbers that the model makes in a step, at most, and draws that are taken in any case.
@@ -265,15 +269,34 @@ class FlowSVI:
                 return None
             self.program.check_data(args, kwargs)
             self._warn_of_nothing_observed(args, kwargs)
-            density = paired_density(self.program.model, self.program.guide, args, kwargs)
+            density, improper = self._proper_density(args, kwargs)
             fit = self._stage_fit(density, args, kwargs, watch)
             result = fit_in_stages(
                 fit, self.program, density, self.num_starts, self.max_steps, args, kwargs, watch, self.num_particles
             )
-            return None if result is None else dataclasses.replace(result, notes=self._notes(args, kwargs))
+            notes = (*self._notes(args, kwargs), *improper)
+            return None if result is None else dataclasses.replace(result, notes=notes)
         finally:
             if self.seed is not None:
                 set_random_state(before)
+
+    def _proper_density(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Density, list[str]]:
+        """Return the density that stages fit, and a sentence if it is one only once improper directions are left out.
+
+        Along these the guide gets a standard normal; along all others it is fitted to the posterior.
+        """
+        guide: Any = self.program.guide
+        density = paired_density(self.program.model, guide, args, kwargs)
+        with torch.random.fork_rng(), torch.no_grad():
+            dim = guide.get_posterior().event_shape[0]
+            if dim > _MAX_IMPROPER_DIM:
+                return density, []
+            points = guide.get_posterior().sample((2 * dim + 10,))
+            found = flat_directions(density.gradients, points)
+        if not found:
+            return density, []
+        proper = Density(found.made_proper(density.log_density), self.program.num_numbers(args, kwargs))
+        return proper, [found.describe(names_of(guide.latent_sites()))]
 
     def _stage_fit(
         self, density: Density, args: tuple[Any, ...], kwargs: dict[str, Any], watch: Watch

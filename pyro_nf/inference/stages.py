@@ -292,7 +292,7 @@ class _Chain:
             return _is_better(found, self.best.found)
         # The guide as it started has been measured by few draws, on the way: by many only where it may be better.
         before = -math.inf if result.starts is None else result.starts.elbo
-        if found is not None and not before > found.elbo:
+        if found is not None and not before > found.inner_elbo:
             return True
         with torch.random.fork_rng():  # what comes next has the draws that it has where this is not asked
             self._measure_best()
@@ -433,9 +433,10 @@ def _is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
     """Whether one stage's fit is better than another's."""
     if one is None or other is None:
         return one is not None
-    if one.outside and other.outside:  # both ELBOs are minus infinity
-        return one.ess_fraction > other.ess_fraction
-    difference, noise = one.elbo - other.elbo, math.hypot(one.elbo_mcse, other.elbo_mcse)
+    difference = one.inner_elbo - other.inner_elbo
+    if one.outside or other.outside:  # whose ELBO is minus infinity
+        return difference > 0
+    noise = math.hypot(one.elbo_mcse, other.elbo_mcse)
     if abs(difference) < 3 * noise and min(one.ess_fraction, other.ess_fraction) > 0.5:
         # Evidence and ELBO of the same draws have the same noise, in which a small difference of ELBOs drowns.
         return _gap(one) < _gap(other)
@@ -443,11 +444,11 @@ def _is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
 
 
 def _gap(found: WeightSummary) -> float:
-    return found.log_evidence - found.elbo
+    return found.log_evidence - found.inner_elbo
 
 
 def _is_good(found: WeightSummary | None, limit: float) -> bool:
-    return found is not None and _gap(found) < limit and found.ess_fraction > _GOOD_ESS
+    return found is not None and not found.outside and _gap(found) < limit and found.ess_fraction > _GOOD_ESS
 
 
 @torch.no_grad()
