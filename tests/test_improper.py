@@ -8,7 +8,10 @@ from pyro import poutine
 
 from pyro_nf.coordinates import coordinate_names, model_log_density
 from pyro_nf.density import Density
+from pyro_nf.diagnostics import diagnose
+from pyro_nf.guides import AutoFlow
 from pyro_nf.improper import flat_directions
+from pyro_nf.inference import FlowSVI
 
 
 def look(model, *args):
@@ -90,3 +93,18 @@ def test_a_slope_goes_out():
     values = torch.stack([proper(point) for point in points])
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(points).sum(-1)
     torch.testing.assert_close(values, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fit_leaves_it_out_and_names_it_and_so_does_the_verdict():
+    pyro.clear_param_store()
+    guide = AutoFlow(hidden)
+    result = FlowSVI(hidden, guide, seed=0, progress=False).run()
+    assert result.converged
+    assert result.notes[0].startswith("The posterior is improper along z[2]:")
+    # Of mu given the two that are seen, y = 1 and 2 with variance 2 each.
+    draws = guide.sample_posterior(4000)["mu"]
+    assert float(draws.mean()) == pytest.approx(0.75, abs=0.05)
+    assert float(draws.std()) == pytest.approx(0.5**0.5, abs=0.05)
+    diagnosis = diagnose(hidden, guide, num_samples=1000, num_sets=1)
+    assert diagnosis.verdict == "not right"
+    assert diagnosis.reasons[0].endswith("Along all other directions the guide is right.")
