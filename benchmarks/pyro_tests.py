@@ -27,7 +27,7 @@ EXPLAINED = {
     "test_discrete_helpful_error": "compares the words: AutoFlow refuses in others",
     "test_init_loc_fn": "a median is of 10,000 draws, not a formula",
     "test_init_scale": "calls the private _loc_scale of a normal",
-    "test_median_module": "20 steps of 0.005 from AutoContinuous' start, the prior's median; AutoFlow has AutoNormal's, 0",
+    "test_median_module": "20 steps of 0.005 from the median of the prior; AutoFlow starts where AutoNormal does, at 0",
     "test_quantiles": "asks for the variance of the posterior as a formula",
     "test_subsample_guide": "local latents in a subsampled plate: AutoFlow refuses them and names AmortizedFlow",
     "test_subsample_guide_2": "local latents in a subsampled plate: AutoFlow refuses them and names AmortizedFlow",
