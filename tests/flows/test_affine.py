@@ -29,7 +29,7 @@ def test_takes_vectors_and_integers(make: type[Flow]) -> None:
 @both
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), 1e14, torch.tensor([1.0, -2.0])])
 def test_scale_must_be_positive(make: type[Flow], scale: float) -> None:
-    with pytest.raises(ValueError, match="scale must be positive"):
+    with pytest.raises(ValueError, match="scale must be "):
         make(2, scale=scale)
 
 

@@ -42,7 +42,7 @@ def test_leaky_is_torchs(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, math.inf, math.nan])
 def test_leaky_slope_must_be_positive(alpha: float) -> None:
-    with pytest.raises(ValueError, match="alpha must be a positive, finite number; got"):
+    with pytest.raises(ValueError, match=r"alpha must be a .*finite number; got"):
         LeakyReLU(2, alpha)
 
 

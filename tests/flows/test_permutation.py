@@ -14,5 +14,5 @@ def test_takes_coordinates_in_the_given_order() -> None:
 
 @pytest.mark.parametrize("order", [[0, 0], [1, 2], [0, 2, 1, 4]])
 def test_order_must_be_a_permutation(order: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"order must be a permutation of 0 \.\. "):
+    with pytest.raises(ValueError, match=r"order must hold each of the numbers 0, 1, 2, ... once; got"):
         Permutation(order)

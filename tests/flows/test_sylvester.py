@@ -183,10 +183,10 @@ def test_a_line_has_no_direction_to_train(basis: Any) -> None:
     ("options", "message"),
     [
         ({"basis": "cayley"}, "basis must be 'orthogonal', 'householder' or 'triangular'; got 'cayley'"),
-        ({"num_units": 0}, "num_units must lie between 1 and dim=4, .* got 0 for the orthogonal basis"),
+        ({"num_units": 0}, "num_units must be a whole number of at least 1; got 0"),
         ({"num_units": 5}, "num_units must lie between 1 and dim=4, .* got 5 for the orthogonal basis"),
         ({"num_units": 3, "basis": "triangular"}, "num_units must .* be dim .* got 3 for the triangular basis"),
-        ({"num_reflections": 0, "basis": "householder"}, "num_reflections must be at least 1, .* got 0"),
+        ({"num_reflections": 0, "basis": "householder"}, "num_reflections must be a whole number of at least 1; got 0"),
         ({"num_reflections": 2}, "num_reflections must be .* None but .* got 2 for the orthogonal basis"),
         ({"reverse": True}, "reverse must be False but .* got True for the orthogonal basis"),
     ],
