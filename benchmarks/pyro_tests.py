@@ -1,8 +1,8 @@
 """Pyro's own tests of autoguides, with `AutoFlow` in place of the guides that they are written for.
 
-`python benchmarks/pyro_tests.py CHECKOUT`, a checkout of https://github.com/pyro-ppl/pyro, of the installed version. The names
-in `REPLACED` are `AutoFlow` while the tests run, and their own options are left out. The failures of the tests themselves are told
-apart by a run without the swap (`--plain`).
+`python benchmarks/pyro_tests.py CHECKOUT`, a checkout of https://github.com/pyro-ppl/pyro, of the installed version.
+The names in `REPLACED` are `AutoFlow` while the tests run, and their own options are left out. The failures of the
+tests themselves are told apart by a run without the swap (`--plain`).
 """
 
 import argparse
