@@ -356,12 +356,12 @@ class IWELBO(ELBO):
 
 
 def _mean_of_usable(elbo: Tensor, surrogate: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the draws at which the model has a density, as of the guide cut off there; NaN if there are none.
+    """Means over the draws at which the model has a density, as of the guide cut off there; -inf and 0 if there are none.
 
     The ELBO of that guide is less by the logarithm of their share.
     """
     number = usable.sum()
-    means = [torch.where(usable, terms, 0.0).sum() / number for terms in (elbo, surrogate)]
+    means = [torch.where(usable, terms, 0.0).sum() / number.clamp(min=1) for terms in (elbo, surrogate)]
     return means[0] + (number / len(usable)).log(), means[1]
 
 

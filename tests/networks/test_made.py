@@ -53,7 +53,7 @@ def test_starts_at_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dim", "hidden_dims", "context_dim", "least"), [(5, (), 0, 4), (5, (3,), 0, 4), (5, (9, 4), 2, 5), (1, (0,), 0, 1)]
+    ("dim", "hidden_dims", "context_dim", "least"), [(5, (), 0, 4), (5, (3,), 0, 4), (5, (9, 4), 2, 5), (1, (), 0, 1)]
 )
 def test_hidden_dims_must_hold_every_degree(
     dim: int, hidden_dims: tuple[int, ...], context_dim: int, least: int
