@@ -356,7 +356,7 @@ class IWELBO(ELBO):
 
 
 def _mean_of_usable(elbo: Tensor, surrogate: Tensor, usable: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the draws at which the model has a density, as of the guide cut off there; -inf and 0 if there are none.
+    """Means over draws at which the model has a density, as of the guide cut off there; -inf and 0 if there are none.
 
     The ELBO of that guide is less by the logarithm of their share.
     """

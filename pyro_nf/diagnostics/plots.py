@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_nf.arguments import check_has, check_whole_number, checked
 from pyro_nf.diagnostics.calibration import Calibration, entry_label
 from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
-from pyro_nf.flows import Flow, Sequential
+from pyro_nf.flows import Flow, Paced, Sequential, unpaced
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -239,7 +239,7 @@ def plot_flow(guide: Any, num_samples: int = 2000) -> Array:
     base = guide.get_base_dist()
     if tuple(base.event_shape) != (2,):
         raise ValueError(f"guide must be over two coordinates; got one over {tuple(base.event_shape)}")
-    with torch.no_grad():
+    with torch.no_grad(), unpaced(guide):  # whose layers are maps by themselves
         points = base.sample((num_samples,))
         panels = [("base", points)]
         for number, layer in enumerate(_layers(guide.flow), 1):
@@ -360,5 +360,7 @@ def _layers(flow: Flow) -> Iterator[Flow]:
     if isinstance(flow, Sequential):
         for each in flow._parts():
             yield from _layers(each)
+    elif isinstance(flow, Paced):
+        yield from _layers(flow.flow)
     else:
         yield flow
