@@ -317,6 +317,8 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 def _check(name: str, value: Any, hint: Any) -> None:
     """Raise a `ValueError` unless a value is what an annotation says."""
     origin, parts = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return
     if origin in (Union, UnionType):
         _check_union(name, value, parts)
     elif origin is Literal:

@@ -291,5 +291,8 @@ def _number(bound: Any) -> str:
         return ""
     if not isinstance(bound, Tensor):
         return f"{bound:g}"
-    values = bound.reshape(-1).tolist()
+    try:
+        values = bound.reshape(-1).tolist()
+    except RuntimeError:  # where draws are batched, or a graph is recorded
+        return "a bound that depends on the draw"
     return f"{values[0]:g}" if len(set(values)) == 1 else "a bound that differs from entry to entry"

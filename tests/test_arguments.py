@@ -65,6 +65,7 @@ def function(
     data: Tensor | float | None = None,
     layer: nn.Module | None = None,
     make: Callable[[], Any] = list,
+    anything: Any = None,
     *rest: int,
     name: str = "x",
     **options: Any,
@@ -76,7 +77,7 @@ def function(
 def test_a_checked_function_takes_what_is_annotated():
     assert function.__doc__ == "What it is for."
     assert function(2) == 2
-    assert function(2, [3, 4], 0, 0.5, -1, "b", False, torch.zeros(2), nn.Linear(1, 1), dict, 1, 2, name="y", z=None)
+    assert function(2, [3, 4], 0, 0.5, -1, "b", False, torch.zeros(2), nn.Linear(1, 1), dict, 0, 1, name="y", z=None)
     assert function(2, range(1, 3), data=1.5)
     with pytest.raises(TypeError, match="missing"):
         function()
@@ -108,7 +109,7 @@ def test_a_checked_function_names_what_is_wrong(arguments, sentence):
 
 def test_positional_rests_are_checked_one_by_one():
     with pytest.raises(ValueError, match="rest must be a whole number; got 'a'"):
-        function(1, None, 0, 0.1, 0.0, "a", True, None, None, list, 1, "a")
+        function(1, None, 0, 0.1, 0.0, "a", True, None, None, list, None, 1, "a")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def of_none(y):
         (model, of_none, "guide has no site for the model's latent 'nu'"),
         (model, of_support, r"'mu' has the support Real\(\) in the guide and GreaterThan.* in the model"),
         (model, of_bounds, r"'mu' has the support Real\(\) in the guide and Interval.* in the model"),
-        (model, of_shape, r"'mu' has the shape \(\) in the guide and \(1,\) in the model"),
+        (model, of_shape, "'mu' has 1 event dimensions in the model and 0 in the guide"),
         (
             model,
             poutine.reparam(model, {"mu": LocScaleReparam(0.0)}),

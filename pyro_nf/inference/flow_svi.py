@@ -580,9 +580,9 @@ class FlowSVI:
     def _params(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """The unconstrained tensors of every parameter that the objective touches."""
         self._structure(args, kwargs)
-        warn_of_mismatches(self.program, args, kwargs)
         if isinstance(self.program.guide, Staged):
             check_pair(self.program, self.program.guide, args, kwargs)
+        warn_of_mismatches(self.program, args, kwargs)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
             ELBO().estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]

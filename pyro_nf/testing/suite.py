@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pyro.distributions import TransformModule
 
-from pyro_nf.arguments import Positive, checked
+from pyro_nf.arguments import Positive, check_has, checked
 from pyro_nf.testing import checks
 
 
@@ -49,7 +49,7 @@ class FlowError(AssertionError):
 
 @checked
 def check_flow(
-    flow: TransformModule,
+    flow: Any,
     *,
     event_shape: tuple[int, ...] | None = None,
     identity: bool = True,
@@ -96,6 +96,7 @@ def check_flow(
         >>> check_flow(Planar(3)).failures
         ()
     """
+    check_has("flow", flow, ("domain", "log_abs_det_jacobian"), "a flow, or a transform of torch or Pyro")
     if event_shape is None:
         width: Any = getattr(flow, "input_dim", None)
         event_shape = getattr(flow, "event_shape", None if width is None else (width,))
