@@ -104,7 +104,10 @@ def test_what_unpacks_to_gigabytes_is_refused(small, tmp_path):
 BROKEN = [b"{", b"[" * 100_000, b"[]", b'{"y": [1]}', b'{"y": [[1], [1, 2]], "sigma": 1}', b"\xff"]
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"{")[:-1], *map(gzip.compress, BROKEN)])
+DAMAGED = [b"", b"no gzip", gzip.compress(b"{")[:-1], *map(gzip.compress, BROKEN)]
+
+
+@pytest.mark.parametrize("content", DAMAGED, ids=range(len(DAMAGED)))
 def test_damaged_files_get_a_sentence(content, tmp_path):
     with pytest.raises(ValueError, match="is damaged, or of another format"):
         posteriordb.load(NAME, indexed(tmp_path, content=content))
