@@ -35,8 +35,8 @@ import torch
 from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.models import HIVAE, TableEncoder, imputation, tables
-from pyro_nf.objectives import ELBO
 
 BASELINE = "mean/mode"
 IAF = partial(stacks.make, "iaf", depth=2)

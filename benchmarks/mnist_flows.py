@@ -38,9 +38,9 @@ from pyro_nf.diagnostics import local_evidence
 from pyro_nf.flows import Householder, stacks
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI, Status
+from pyro_nf.inference.elbo import WarmUpELBO
 from pyro_nf.models import VAE, load_static_mnist
 from pyro_nf.networks import GatedLinear, GatedMLP
-from pyro_nf.objectives import WarmUpELBO
 
 LATENTS, HIDDEN, BATCH, RATE = 40, 300, 100, 5e-4
 WARM_UP = 0.2  # of the epochs

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from pyro import poutine
 
-from pyro_nf.coordinates import model_log_density
 from pyro_nf.diagnostics.weights import summarise
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import is_latent
+from pyro_nf.programs.coordinates import model_log_density
+from pyro_nf.programs.sites import is_latent
+from pyro_nf.programs.supports import bijection
 
 LEARNING_RATES = {"AutoMultivariateNormal": 0.0005, "AutoBNAFNormal": 0.003}
 CHUNK = 100  # steps of a scan

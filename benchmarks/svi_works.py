@@ -21,9 +21,9 @@ from torch import nn
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AmortizedFlow, AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.models import DLGM, eight_schools
 from pyro_nf.networks import MLP
-from pyro_nf.objectives import ELBO
 
 DATA = Path(os.environ.get("PYRO_NF_DATA", Path(__file__).parents[2] / "shared" / "data"))
 MNIST = DATA / "mnist_static_larochelle" / "mnist_static_packbits.npz"

@@ -10,14 +10,14 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pyro_nf.arguments import check_choice
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
 from pyro_nf.guides.bases import NormalBase
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like
 from pyro_nf.guides.latents import check_latents, has_rows
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import signature
+from pyro_nf.interface.arguments import check_choice
+from pyro_nf.programs.program import signature
+from pyro_nf.programs.supports import bijection
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 

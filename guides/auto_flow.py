@@ -15,9 +15,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_nf.arguments import check_number, check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.gaussian import nearest_normal
+from pyro_nf.approximations.modes import Starts, find_starts, normal_elbo, starting_points
+from pyro_nf.approximations.pairs import paired_density
+from pyro_nf.approximations.transport import nearest_triangular
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, stacks
 from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
@@ -25,12 +27,10 @@ from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flo
 from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.latents import check_latents
 from pyro_nf.guides.mixture import MixtureBase
-from pyro_nf.modes import Starts, find_starts, normal_elbo, starting_points
-from pyro_nf.normals import nearest_normal
-from pyro_nf.pairs import paired_density
-from pyro_nf.supports import bijection
-from pyro_nf.transport import nearest_triangular
-from pyro_nf.waits import Report, silent
+from pyro_nf.interface.arguments import check_number, check_whole_number, unpacked
+from pyro_nf.interface.waits import Report, silent
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.supports import bijection
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
 _FULL_RANK_DIM = 1000
@@ -211,7 +211,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
     def density(self, *args: Any, **kwargs: Any) -> Density:
         """Return the log density of the guide's own model over the unconstrained coordinates, for many points at once.
 
-        That of another model with the same latents: `pyro_nf.pairs.paired_density`.
+        That of another model with the same latents: `pyro_nf.approximations.pairs.paired_density`.
 
         Args:
             *args: The model's arguments.

@@ -10,9 +10,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.arguments import check_choice
 from pyro_nf.flows.numerics import positive
 from pyro_nf.guides.mixture import MixtureBase
+from pyro_nf.interface.arguments import check_choice
 
 # Below two degrees of freedom a Student-t has no variance, and the ELBO's gradient none either.
 _MIN_DF = 2.0

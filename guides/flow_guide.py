@@ -14,8 +14,6 @@ from pyro.infer.autoguide.guides import prototype_hide_fn
 from torch import Tensor, nn
 from torch.distributions import register_kl
 
-from pyro_nf.arguments import Arguments, check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.flows import Flow, stacks
 from pyro_nf.guides.latents import (
@@ -27,9 +25,11 @@ from pyro_nf.guides.latents import (
     run_quietly,
 )
 from pyro_nf.guides.parameter_store import has_name, keep_entries, take_name, tensors, withdraw
-from pyro_nf.noise import running
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import is_latent
+from pyro_nf.interface.arguments import Arguments, check_whole_number, unpacked
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.noise import running
+from pyro_nf.programs.sites import is_latent
+from pyro_nf.programs.supports import bijection
 
 # Draws behind medians and quantiles: a median's error is 1.25 / sqrt(10,000) = 1.25% of a standard deviation.
 _QUANTILE_DRAWS = 10_000

@@ -10,8 +10,8 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
-from pyro_nf.noise import running
-from pyro_nf.tracing import is_data, is_latent
+from pyro_nf.programs.noise import running
+from pyro_nf.programs.sites import is_data, is_latent
 
 # Elements of a list or tuple that are looked at: a longer one is data.
 _MAX_ELEMENTS = 32

@@ -11,9 +11,9 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.arguments import check_whole_number
+from pyro_nf.approximations.modes import Mode
 from pyro_nf.flows import Flow, LowerTriangularAffine
-from pyro_nf.modes import Mode
+from pyro_nf.interface.arguments import check_whole_number
 
 # How far from 0 components start, in standard deviations: enough for each to find a way of its own.
 _SPREAD = 2.0

@@ -7,7 +7,7 @@ import pyro.distributions as dist
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Size, checked
+from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.models.likelihoods import BernoulliLikelihood, Likelihood
 from pyro_nf.networks import MLP
 

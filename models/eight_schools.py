@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Size, check_real_tensor, checked
+from pyro_nf.interface.arguments import Size, check_real_tensor, checked
 
 SCHOOLS = ("A", "B", "C", "D", "E", "F", "G", "H")
 

@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Size, checked
+from pyro_nf.interface.arguments import Size, checked
 
 # The energies' square is [-HALF_WIDTH, HALF_WIDTH]^2.
 HALF_WIDTH = 4.0

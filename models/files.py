@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from pyro_nf import untrusted
+from pyro_nf.interface import untrusted
 
 _VARIABLE = "PYRO_NF_DATA"
 

@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pyro_nf.arguments import Positive, Size, checked
+from pyro_nf.interface.arguments import Positive, Size, checked
 from pyro_nf.models import fertility, motorcycle
 
 # The rotations are drawn from this seed; RandomState is frozen, the same numbers in every version of NumPy.

@@ -8,7 +8,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Size, checked
+from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.models.rows import IncompleteRows, Layout
 from pyro_nf.models.tables import Table
 from pyro_nf.networks import MLP, MaskedLinear, start_at_zero

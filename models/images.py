@@ -19,8 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pyro_nf import untrusted
-from pyro_nf.arguments import check_real_tensor, checked
+from pyro_nf.interface import untrusted
+from pyro_nf.interface.arguments import check_real_tensor, checked
 from pyro_nf.models.files import Files, Remote
 
 Pixels = npt.NDArray[np.uint8]

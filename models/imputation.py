@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Size, checked
+from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.models.hivae import HIVAE
 from pyro_nf.models.tables import Column, Table
 

@@ -9,8 +9,8 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.arguments import check_whole_number
 from pyro_nf.flows.numerics import soft_bound
+from pyro_nf.interface.arguments import check_whole_number
 
 # Bounds the density: an autoencoder could otherwise put an infinite one on a constant pixel.
 _MIN_SCALE = 1e-3

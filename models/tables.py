@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_nf import untrusted
-from pyro_nf.arguments import checked
+from pyro_nf.interface import untrusted
+from pyro_nf.interface.arguments import checked
 from pyro_nf.models.files import Files, Remote
 
 KINDS = ("real", "pos", "count", "cat", "ordinal")

@@ -1,7 +1,7 @@
 """pyro-nf: normalizing-flow guides for Pyro. Swap the guide, fit it, check it.
 
 - `pyro_nf.guides`: `AutoFlow`, `AmortizedFlow`;
-- `pyro_nf.inference`: `FlowSVI`; `pyro_nf.objectives`: `ELBO`, also for Pyro's own `SVI`;
+- `pyro_nf.inference`: `FlowSVI`; `pyro_nf.inference.elbo`: `ELBO`, also for Pyro's own `SVI`;
 - `pyro_nf.diagnostics`: `diagnose`, `to_arviz`, `local_evidence`, `loo`, `calibrate`, plots;
 - `pyro_nf.flows`: the flows; `pyro_nf.testing`: `check_flow`, for your own;
 - `pyro_nf.models`: models and data to start from;
@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 from pathlib import Path as _Path
 
-from pyro_nf.arguments import Arguments
+from pyro_nf.interface.arguments import Arguments
 
 __all__ = ["Arguments"]
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import (
+from pyro_nf.interface.arguments import (
     Count,
     Positive,
     Size,

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyro_nf
-from pyro_nf import diagnostics, flows, guides, inference, models, networks, objectives, testing
+from pyro_nf import diagnostics, flows, guides, inference, models, networks, testing
+from pyro_nf.inference import elbo as objectives
 from pyro_nf.models import energies, hard_posteriors, imputation, posteriordb, tables
 
 ROOT = pathlib.Path(pyro_nf.__file__).parent

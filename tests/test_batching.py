@@ -10,12 +10,13 @@ import torch
 from pyro.nn import PyroModule, PyroSample
 from torch import tensor
 
-from pyro_nf.batching import Batchable
-from pyro_nf.coordinates import model_log_density
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
 from pyro_nf.diagnostics.simulation import prior
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import Program, log_prob_sum
+from pyro_nf.programs.batching import Batchable
+from pyro_nf.programs.coordinates import model_log_density
+from pyro_nf.programs.program import Program
+from pyro_nf.programs.supports import bijection
+from pyro_nf.programs.traces import log_prob_sum
 
 pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.filterwarnings("ignore:class LKJCorrCholesky")]
 
@@ -245,7 +246,7 @@ def prior_bijection(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_densities_are_batched_and_are_pyros(name, monkeypatch):
     if name not in RECORDED:
-        monkeypatch.setattr("pyro_nf.density.make_fx", not_recorded)
+        monkeypatch.setattr("pyro_nf.approximations.density.make_fx", not_recorded)
     data, to_support = data_of(name), prior_bijection(name)
     make = RECIPES[name]
 

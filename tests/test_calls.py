@@ -11,8 +11,6 @@ from pyro import poutine
 from pyro.nn import PyroModule
 
 from pyro_nf import Arguments
-from pyro_nf.arguments import unpacked
-from pyro_nf.calls import innermost, takes_model_arguments
 from pyro_nf.diagnostics import (
     calibrate,
     compare,
@@ -24,6 +22,8 @@ from pyro_nf.diagnostics import (
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.interface.arguments import unpacked
+from pyro_nf.programs.calls import innermost, takes_model_arguments
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_nf.coordinates import coordinate_names, coordinates, model_log_density
 from pyro_nf.guides import AutoFlow
+from pyro_nf.programs.coordinates import coordinate_names, coordinates, model_log_density
 
 
 def mixed(y):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_nf.batching import Batchable
-from pyro_nf.density import Density, Together
+from pyro_nf.approximations.density import Density, Together
+from pyro_nf.programs.batching import Batchable
 
 pytestmark = pytest.mark.usefixtures("float64")
 

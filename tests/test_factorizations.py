@@ -5,11 +5,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
-from pyro_nf.noise import running
-from pyro_nf.tracing import Program, log_prob_sum
+from pyro_nf.programs.noise import running
+from pyro_nf.programs.program import Program
+from pyro_nf.programs.traces import log_prob_sum
 
 pytestmark = pytest.mark.usefixtures("float64")
 EYE = torch.eye(2, dtype=torch.float64)

@@ -6,12 +6,12 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_nf.coordinates import coordinate_names, model_log_density
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.improper import flat_directions
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
-from pyro_nf.improper import flat_directions
 from pyro_nf.inference import FlowSVI
+from pyro_nf.programs.coordinates import coordinate_names, model_log_density
 
 
 def look(model, *args):

@@ -15,9 +15,9 @@ from pyro_nf.diagnostics import calibrate, corrected_posterior, diagnose, local_
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, StructuredFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.matching import require_match, require_weights, warn_of_mismatches
-from pyro_nf.objectives import ELBO
-from pyro_nf.tracing import Program
+from pyro_nf.inference.elbo import ELBO
+from pyro_nf.programs.matching import require_match, require_weights, warn_of_mismatches
+from pyro_nf.programs.program import Program
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from pyro_nf.density import Density
-from pyro_nf.modes import distance, find_modes, starting_points
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.modes import distance, find_modes, starting_points
 
 pytestmark = pytest.mark.usefixtures("float64")
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pyro_nf.density import Density
-from pyro_nf.modes import normal_elbo
-from pyro_nf.normals import nearest_normal
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.gaussian import nearest_normal
+from pyro_nf.approximations.modes import normal_elbo
 
 pytestmark = pytest.mark.usefixtures("float64")
 

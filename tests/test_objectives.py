@@ -11,8 +11,8 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_fea
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
-from pyro_nf.objectives import ELBO, IWELBO, CoordinateELBO, WarmUpELBO
-from pyro_nf.tracing import Program
+from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, WarmUpELBO
+from pyro_nf.programs.program import Program
 
 COV = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
 

@@ -10,11 +10,11 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList
 from pyro.infer.reparam import LocScaleReparam
 
+from pyro_nf.approximations.pairs import paired_density
 from pyro_nf.diagnostics import corrected_posterior, diagnose
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, StructuredFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.pairs import paired_density
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 SINGLE = {"learning_rate": 0.05, "max_steps": 250, "num_particles": 32, "eval_particles": 100, "compile": False}

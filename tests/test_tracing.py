@@ -4,7 +4,8 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_nf.tracing import Program, log_prob_sum
+from pyro_nf.programs.program import Program
+from pyro_nf.programs.traces import log_prob_sum
 
 X = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
 

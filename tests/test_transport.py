@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.gaussian import nearest_normal
+from pyro_nf.approximations.transport import _metric, _order, nearest_triangular
 from pyro_nf.flows import Triangular
-from pyro_nf.normals import nearest_normal
-from pyro_nf.transport import _metric, _order, nearest_triangular
 
 pytestmark = pytest.mark.usefixtures("float64")
 

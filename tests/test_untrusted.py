@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from pyro_nf import untrusted
+from pyro_nf.interface import untrusted
 from pyro_nf.models import posteriordb, tables
 
 NAME = "eight_schools-eight_schools_noncentered"

@@ -9,12 +9,14 @@ import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_nf.coordinates import model_log_density
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.tracing import Program, check_data, in_words, log_prob_sum, run_model
+from pyro_nf.programs.coordinates import model_log_density
+from pyro_nf.programs.data_checks import check_data
+from pyro_nf.programs.program import Program
+from pyro_nf.programs.traces import in_words, log_prob_sum, run_model
 
 T = torch.tensor
 

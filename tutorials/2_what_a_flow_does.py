@@ -33,7 +33,7 @@ from pyro_nf.diagnostics import diagnose, plot_flow
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.objectives import ELBO
+from pyro_nf.inference.elbo import ELBO
 
 pyro.set_rng_seed(0)
 

@@ -13,9 +13,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pyro_nf.arguments import Size, checked
+from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.models.posteriordb.loader import Posterior
-from pyro_nf.tracing import is_latent, log_prob_sum
+from pyro_nf.programs.sites import is_latent
+from pyro_nf.programs.traces import log_prob_sum
 
 # Draws that are run at once.
 _CHUNK = 1000

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_nf import untrusted
-from pyro_nf.arguments import checked
+from pyro_nf.interface import untrusted
+from pyro_nf.interface.arguments import checked
 from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
 
 _VARIABLE = "PYRO_NF_POSTERIORDB"

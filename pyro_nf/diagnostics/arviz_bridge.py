@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 
 from pyro_nf import __version__
-from pyro_nf.arguments import check_has, check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
-from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics import simulation
 from pyro_nf.diagnostics.arviz_versions import inference_data
 from pyro_nf.diagnostics.diagnosis import Diagnosis, find_names, judge
@@ -23,9 +20,13 @@ from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict
 from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
-from pyro_nf.matching import require_weights
-from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, is_latent
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.arguments import check_has, check_whole_number, unpacked
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.coordinates import coordinates
+from pyro_nf.programs.matching import require_weights
+from pyro_nf.programs.program import BoundProgram, Program, TracePair
+from pyro_nf.programs.sites import is_data, is_deterministic, is_latent
 
 if TYPE_CHECKING:
     import xarray
@@ -127,26 +128,26 @@ def to_arviz(
         check_has("result", result, ("history",), "what FlowSVI.run returned, or None")
     args, kwargs = unpacked(args, kwargs)
     shown = Progress("to_arviz", progress)
-    plain = Program(model, guide)
-    require_weights(plain, args, kwargs)
-    require_whole_data(plain, args, kwargs)
-    particle = plain.structure(args, kwargs).particle
-    sites, (names, obstacle) = _Sites(particle.model.nodes), find_names(particle)
+    plain = Program(model, guide).bind(*args, **kwargs)
+    require_weights(plain)
+    require_whole_data(plain)
+    pair = plain.spec.traces
+    sites, (names, obstacle) = _Sites(pair.model.nodes), find_names(pair)
 
-    def extract(particle: Particle, predicted: bool = False) -> dict[str, Tensor]:
+    def extract(particle: TracePair, predicted: bool = False) -> dict[str, Tensor]:
         kept = sites.posterior(particle, predicted)
         return kept | ({"coordinates": coordinates(particle.model)} if names else {})
 
-    predictive = Program(model, simulation.predictive(model, guide))
-    if _can_draw(predictive, args, kwargs, "posterior_predictive"):
+    predictive = Program(model, simulation.predictive(model, guide)).bind(*args, **kwargs)
+    if _can_draw(predictive, "posterior_predictive"):
         predicted = partial(extract, predicted=True)
-        draws = shown.map("draws and predictions", predictive, predicted, num_samples, args, kwargs)
+        draws = shown.map("draws and predictions", predictive, predicted, num_samples)
     else:
-        draws = shown.map("draws", plain, extract, num_samples, args, kwargs)
+        draws = shown.map("draws", plain, extract, num_samples)
     points = draws.pop("coordinates", None)
-    prior = Program(model, simulation.prior(model))
-    if num_prior_samples and _can_draw(prior, args, kwargs, "prior"):
-        draws |= shown.map("draws of the prior", prior, sites.prior, num_prior_samples, args, kwargs)
+    prior = Program(model, simulation.prior(model)).bind(*args, **kwargs)
+    if num_prior_samples and _can_draw(prior, "prior"):
+        draws |= shown.map("draws of the prior", prior, sites.prior, num_prior_samples)
     groups = sites.variables(draws)
     groups["observed_data"] = sites.observed_data()
     groups["constant_data"] = sites.constant_data(simulation.named_arguments(model, args, kwargs))
@@ -170,7 +171,7 @@ class _Sites:
             if name in _OWN_DIMS:
                 raise ValueError(f"site {name!r} must be renamed: ArviZ has a dimension of that name")
 
-    def posterior(self, particle: Particle, predicted: bool = False) -> dict[str, Tensor]:
+    def posterior(self, particle: TracePair, predicted: bool = False) -> dict[str, Tensor]:
         """Return what is kept of a draw of the guide, which may return data predicted from it, by group and name."""
         stats = log_densities(particle)  # which also leaves each site's log_prob in the traces
         nodes = particle.model.nodes
@@ -181,7 +182,7 @@ class _Sites:
             **{f"sample_stats/{name}": value.double() for name, value in stats.items()},
         }
 
-    def prior(self, particle: Particle) -> dict[str, Tensor]:
+    def prior(self, particle: TracePair) -> dict[str, Tensor]:
         """Return what is kept of a draw of the model itself, by group and name."""
         return {
             **{f"prior/{name}": particle.guide.nodes[name]["value"] for name in self.latent},
@@ -233,10 +234,10 @@ class _Sites:
         return labels
 
 
-def _can_draw(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], group: str) -> bool:
+def _can_draw(program: BoundProgram, group: str) -> bool:
     """Run the program once, and warn if a distribution in it cannot be drawn from."""
     try:
-        program.structure(args, kwargs)
+        program.spec  # noqa: B018 - which runs it
     except NotImplementedError as error:
         warnings.warn(f"{group} is left out, for the model cannot draw it: {error!r}", stacklevel=4)
         return False

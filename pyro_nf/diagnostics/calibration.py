@@ -18,14 +18,15 @@ from pyro.util import get_rng_state, set_rng_state
 from scipy import stats
 from torch import Tensor
 
-from pyro_nf.arguments import check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.simulation import Unconditioned, drawn_data, is_factor, prior
 from pyro_nf.diagnostics.weights import Floats, require_whole_data
-from pyro_nf.matching import require_match
-from pyro_nf.tracing import Particle, Program, is_data, is_latent
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.arguments import check_whole_number, unpacked
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.matching import require_match
+from pyro_nf.programs.program import Program, TracePair
+from pyro_nf.programs.sites import is_data, is_latent
 
 Ints = npt.NDArray[np.int64]
 Ranks = dict[str, Ints]
@@ -221,15 +222,15 @@ def _noted_interrupt() -> Iterator[list[bool]]:
 
 
 def _check_simulable(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    program = Program(model, prior(model))
+    program = Program(model, prior(model)).bind(*args, **kwargs)
     try:
         with _on_its_own():
-            require_whole_data(program, args, kwargs)
+            require_whole_data(program)
     except NotImplementedError as error:
         raise ValueError(
             f"model must have a sampler for each site, such as improper priors lack; got {error!r}"
         ) from error
-    sites = program.structure(args, kwargs).particle.model.nodes
+    sites = program.spec.traces.model.nodes
     factors = [name for name, site in sites.items() if is_data(site) and is_factor(site)]
     if factors:
         raise ValueError(f"model must not have a pyro.factor, which nothing can be drawn from; got {factors[0]!r}")
@@ -282,15 +283,15 @@ def _ranks(
     def simulated() -> Any:
         return poutine.condition(model, data=data)(*args, **kwargs)
 
-    def latents(particle: Particle) -> dict[str, Tensor]:
+    def latents(particle: TracePair) -> dict[str, Tensor]:
         return {name: particle.model.nodes[name]["value"] for name in truth}
 
     guide = fit(simulated)
     if not callable(guide):
         raise ValueError(f"fit must return a guide; got a {type(guide).__name__}")
-    program = Program(simulated, guide)
-    require_match(program, (), {})
-    draws = program.map_in_chunks(latents, num_samples, (), {})
+    program = Program(simulated, guide).bind()
+    require_match(program)
+    draws = program.vmap_in_chunks(latents, num_samples)
     return {name: _rank(name, value, draws[name]) for name, value in truth.items()}
 
 

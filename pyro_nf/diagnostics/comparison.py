@@ -8,11 +8,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.arguments import Arguments, check_has
 from pyro_nf.diagnostics.diagnosis import diagnose
 from pyro_nf.diagnostics.weights import require_whole_data
-from pyro_nf.matching import require_weights
-from pyro_nf.tracing import Program, is_data, is_latent, log_prob_sum, run_model
+from pyro_nf.interface.arguments import Arguments, check_has
+from pyro_nf.programs.matching import require_weights
+from pyro_nf.programs.program import Program
+from pyro_nf.programs.sites import is_data, is_latent
+from pyro_nf.programs.traces import log_prob_sum, run_model
 
 # Draws at which the densities of two models are compared, and by how much they may differ by rounding alone.
 _NUM_DRAWS, _ROUNDING = 3, 1e-4
@@ -123,10 +125,10 @@ def _difference(first: Fit, other: Fit) -> str:
         return ""
     nodes = []
     for fit, (args, kwargs) in zip((first, other), given, strict=True):
-        program = Program(fit.model, fit.guide)
-        require_weights(program, args, kwargs)
-        require_whole_data(program, args, kwargs)
-        nodes.append(program.structure(args, kwargs).particle.model.nodes)
+        program = Program(fit.model, fit.guide).bind(*args, **kwargs)
+        require_weights(program)
+        require_whole_data(program)
+        nodes.append(program.spec.traces.model.nodes)
     return _of_sites(*nodes) or _of_densities(first, other)
 
 
@@ -175,4 +177,4 @@ def _of_densities(first: Fit, other: Fit) -> str:
 
 
 def _log_density(fit: Fit, draw: poutine.Trace) -> Tensor:
-    return log_prob_sum(run_model(fit.model, draw, fit.args or (), fit.kwargs)).double().cpu()
+    return log_prob_sum(run_model(partial(fit.model, *(fit.args or ()), **fit.kwargs), draw)).double().cpu()

@@ -9,17 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import check_choice, check_number, check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
-from pyro_nf.coordinates import coordinates
 from pyro_nf.diagnostics.diagnosis import find_names
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
 from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
-from pyro_nf.matching import require_weights
-from pyro_nf.tracing import Draws, Particle, Program, is_deterministic, is_latent
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.arguments import check_choice, check_number, check_whole_number, unpacked
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.coordinates import coordinates
+from pyro_nf.programs.matching import require_weights
+from pyro_nf.programs.program import BoundProgram, Program, Randomness, TracePair
+from pyro_nf.programs.sites import is_deterministic, is_latent
 
 Method = Literal["resample", "psis", "imh"]
 
@@ -136,12 +137,12 @@ def corrected_posterior(
     if method == "psis" and num_samples != num_proposals:
         raise ValueError(f'num_proposals is num_samples for "psis"; got {num_proposals} and {num_samples}')
     args, kwargs = unpacked(args, kwargs)
-    program = Program(model, guide)
-    require_weights(program, args, kwargs)
-    require_whole_data(program, args, kwargs)
+    program = Program(model, guide).bind(*args, **kwargs)
+    require_weights(program)
+    require_whole_data(program)
     shown = Progress("corrected_posterior", progress)
     with shown.part("proposals", num_proposals) as advance:
-        proposals = _propose(program, num_proposals, proposal_df, args, kwargs, advance)
+        proposals = _propose(program, num_proposals, proposal_df, advance)
     log_weights, summary = proposals.log_weights, proposals.evidence.weights
     decision = decide(proposals.evidence)
     if decision.verdict is Verdict.NOT_RIGHT:
@@ -183,21 +184,19 @@ class _Proposals(NamedTuple):
 
 
 def _propose(
-    program: Program,
+    program: BoundProgram,
     number: int,
     df: float | None,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     advance: Callable[[int], object],
 ) -> _Proposals:
-    particle = program.structure(args, kwargs).particle
+    particle = program.spec.traces
     names, obstacle = find_names(particle)
     groups = {
         "latent": [name for name, site in particle.model.nodes.items() if is_latent(site)],
         "deterministic": [name for name, site in particle.model.nodes.items() if is_deterministic(site)],
     }
 
-    def extract(particle: Particle) -> dict[str, Tensor]:
+    def extract(particle: TracePair) -> dict[str, Tensor]:
         values = {
             f"{group} {name}": torch.as_tensor(particle.model.nodes[name]["value"])
             for group, members in groups.items()
@@ -207,8 +206,8 @@ def _propose(
 
     parts, moments = [], Moments()
     with torch.no_grad():
-        for draws, log_ratio in _noise(program, number, df, args, kwargs):
-            part = program.map(extract, draws, args, kwargs)
+        for draws, log_ratio in _noise(program, number, df):
+            part = program.vmap_traces(extract, draws)
             part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
             if names:
                 moments.add(part["log_w"], part.pop("point"))
@@ -227,17 +226,15 @@ def _propose(
     return _Proposals(latent, deterministic, log_weights, evidence)
 
 
-def _noise(
-    program: Program, number: int, df: float | None, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[Draws, Tensor | float]]:
+def _noise(program: BoundProgram, number: int, df: float | None) -> Iterator[tuple[Randomness, Tensor | float]]:
     """Yield the noise of the proposals, and by how much its log density is above that of the guide's normals."""
     if df is None:
-        yield from ((draws, 0.0) for draws in program.chunks(number, args, kwargs))
+        yield from ((draws, 0.0) for draws in program.chunks(number))
         return
     df = check_number("proposal_df", df, above=0.0)
-    _require_bijection(program, args, kwargs)
+    _require_bijection(program)
     student, normal = torch.distributions.StudentT(df), torch.distributions.Normal(0.0, 1.0)
-    for draws in program.chunks(number, args, kwargs):
+    for draws in program.chunks(number):
         # Normals over the root of independent chi-squares over df.
         chi_square = 2 * torch._standard_gamma(torch.full_like(draws.noise, df / 2))
         noise = draws.noise * (df / chi_square).sqrt()
@@ -245,15 +242,15 @@ def _noise(
         yield draws._replace(noise=noise), (student.log_prob(wide) - normal.log_prob(wide)).sum(-1)
 
 
-def _require_bijection(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _require_bijection(program: BoundProgram) -> None:
     """Raise a `ValueError` unless the guide's draws are a function of as many normals as there are coordinates."""
 
-    def extract(particle: Particle) -> dict[str, Tensor]:
+    def extract(particle: TracePair) -> dict[str, Tensor]:
         return {"point": coordinates(particle.model)}
 
-    draws = program.draw(10, args, kwargs)
+    draws = program.draw(10)
     with torch.no_grad():
-        first, again = (program.map(extract, draws, args, kwargs)["point"] for _ in range(2))
+        first, again = (program.vmap_traces(extract, draws)["point"] for _ in range(2))
     if first.shape != draws.noise.shape or not torch.equal(first, again):
         raise ValueError(
             "proposal_df is for guides that map one normal to each latent coordinate; this one draws "

@@ -9,20 +9,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
-from pyro_nf.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.improper import FlatDirections, flat_directions
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.regions import search
 from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
-from pyro_nf.improper import FlatDirections, flat_directions
-from pyro_nf.matching import require_weights
-from pyro_nf.tracing import Particle, Program, in_words
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.arguments import check_whole_number, unpacked
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
+from pyro_nf.programs.matching import require_weights
+from pyro_nf.programs.program import BoundProgram, Program, TracePair
+from pyro_nf.programs.traces import in_words
 
 # Climbs need the whole Hessian.
 _MAX_DIM = 500
@@ -155,23 +156,23 @@ def diagnose(
     num_starts = check_whole_number("num_starts", num_starts, least=0)
     args, kwargs = unpacked(args, kwargs)
     shown = Progress("diagnose", progress)
-    program = Program(model, guide)
-    require_weights(program, args, kwargs)
-    require_whole_data(program, args, kwargs)
-    names, obstacle = find_names(program.structure(args, kwargs).particle)
+    program = Program(model, guide).bind(*args, **kwargs)
+    require_weights(program)
+    require_whole_data(program)
+    names, obstacle = find_names(program.spec.traces)
 
-    def extract(particle: Particle) -> dict[str, Tensor]:
+    def extract(particle: TracePair) -> dict[str, Tensor]:
         return log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
-    density = Density(model_log_density(model, args, kwargs), program.num_numbers(args, kwargs))
-    improper = _improper(program, density, len(names), args, kwargs) if names else None
+    density = Density(model_log_density(program.model), program.num_numbers)
+    improper = _improper(program, density, len(names)) if names else None
     moments, sets = Moments(), []
     with shown.part("weights of draws", num_sets * num_samples) as advance:
         for _ in range(num_sets):
             parts = []
-            for draws in counted(program.chunks(num_samples, args, kwargs), advance):
+            for draws in counted(program.chunks(num_samples), advance):
                 with torch.no_grad():
-                    found = program.map(extract, draws, args, kwargs)
+                    found = program.vmap_traces(extract, draws)
                 log_weights = found["log_p"].double() - found["log_q"].double()
                 if improper:
                     log_weights = log_weights + improper.reference(found["point"]).double()
@@ -183,13 +184,13 @@ def diagnose(
     evidence = Evidence(
         weights=weights,
         improper=improper.describe(names) if improper else "",
-        without_density=in_words(program.without_density(2 * num_samples, args, kwargs)) if weights.outside else "",
+        without_density=in_words(program.without_density(2 * num_samples)) if weights.outside else "",
     )
     if not names:
         return judge(replace(evidence, notes=(obstacle,)))
     if improper:
-        density = Density(improper.made_proper(density.log_density), program.num_numbers(args, kwargs))
-    points, scores = _scores(program, density.log_density, len(names), args, kwargs, shown)
+        density = Density(improper.made_proper(density.log_density), program.num_numbers)
+    points, scores = _scores(program, density.log_density, len(names), shown)
     evidence = replace(evidence, names=names, misfit=moments.compare())
     if len(points) < 2:
         return judge(replace(evidence, notes=("No draw has a finite gradient of the log density.",)))
@@ -202,22 +203,20 @@ def diagnose(
     return judge(evidence)
 
 
-def _improper(
-    program: Program, density: Density, dim: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> FlatDirections | None:
+def _improper(program: BoundProgram, density: Density, dim: int) -> FlatDirections | None:
     """Find the directions along which the posterior is improper, in so many coordinates as climbs are made in."""
     if dim > _MAX_DIM:
         return None
 
-    def extract(particle: Particle) -> dict[str, Tensor]:
+    def extract(particle: TracePair) -> dict[str, Tensor]:
         return {"point": coordinates(particle.model)}
 
     with torch.random.fork_rng():
-        points = program.map_in_chunks(extract, 2 * dim + 10, args, kwargs)["point"]
+        points = program.vmap_in_chunks(extract, 2 * dim + 10)["point"]
         found = flat_directions(density.gradients, points)
         if not found:
             return None
-        return found.as_wide_as(program.map_in_chunks(extract, _NUM_WIDTH, args, kwargs)["point"])
+        return found.as_wide_as(program.vmap_in_chunks(extract, _NUM_WIDTH)["point"])
 
 
 def judge(evidence: Evidence) -> Diagnosis:
@@ -232,7 +231,7 @@ def judge(evidence: Evidence) -> Diagnosis:
     )
 
 
-def find_names(particle: Particle) -> tuple[list[str], str]:
+def find_names(particle: TracePair) -> tuple[list[str], str]:
     """Return a name for each coordinate, or none and a sentence on why there are no coordinates."""
     try:
         coordinates(particle.model)
@@ -258,23 +257,21 @@ def _figures(evidence: Evidence) -> dict[str, Any]:
 
 
 def _scores(
-    program: Program,
+    program: BoundProgram,
     log_density: LogDensity,
     dim: int,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     shown: Progress,
 ) -> tuple[Tensor, Tensor]:
     """Return draws with a finite gradient of the log density, `(n, dim)`, and the gradients there."""
 
-    def extract(particle: Particle) -> dict[str, Tensor]:
+    def extract(particle: TracePair) -> dict[str, Tensor]:
         point = coordinates(particle.model)
         score, value = torch.func.grad_and_value(log_density)(point)
         return {"point": point, "score": score + 0.0 * value}  # none where there is no density
 
     number = max(_NUM_SCORES, _PER_COORDINATE * dim if dim <= _MAX_DIM else 0)
     number = min(number, max(_MAX_NUMBERS // dim, 2))
-    found = shown.map("gradients at draws", program, extract, number, args, kwargs)
+    found = shown.map("gradients at draws", program, extract, number)
     finite = found["score"].isfinite().all(-1) & found["point"].isfinite().all(-1)
     return found["point"][finite], found["score"][finite]
 

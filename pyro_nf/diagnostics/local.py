@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import check_whole_number, unpacked
-from pyro_nf.calls import takes_model_arguments
 from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.weights import require_whole_data
-from pyro_nf.matching import require_weights
-from pyro_nf.tracing import Draws, Particle, Program, is_data, is_latent, local_log_prob, local_plate
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.arguments import check_whole_number, unpacked
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.matching import require_weights
+from pyro_nf.programs.program import Program, Randomness, TracePair
+from pyro_nf.programs.sites import is_data, is_latent, local_plate
+from pyro_nf.programs.traces import local_log_prob
 
 # Rows that a sentence names.
 _MAX_ROWS = 5
@@ -74,12 +76,12 @@ def local_evidence(
     chunk_size = check_whole_number("chunk_size", chunk_size)
     shown = Progress("local_evidence", progress)
     args, kwargs = unpacked(args, kwargs)
-    program = Program(model, guide)
-    require_weights(program, args, kwargs)
-    require_whole_data(program, args, kwargs)
-    particle = program.structure(args, kwargs).particle
-    if local_plate(particle) is None:
-        sites = [(name, site) for name, site in particle.model.nodes.items() if is_latent(site) or is_data(site)]
+    program = Program(model, guide).bind(*args, **kwargs)
+    require_weights(program)
+    require_whole_data(program)
+    model_trace = program.spec.traces.model
+    if local_plate(model_trace) is None:
+        sites = [(name, site) for name, site in model_trace.nodes.items() if is_latent(site) or is_data(site)]
         raise ValueError(
             "local_evidence takes models whose sites all stand in one plate; got "
             + ", ".join(
@@ -87,19 +89,19 @@ def local_evidence(
             )
         )
 
-    def log_weights(particle: Particle) -> dict[str, Tensor]:
+    def log_weights(particle: TracePair) -> dict[str, Tensor]:
         return {"log_w": local_log_prob(particle.model) - local_log_prob(particle.guide)}
 
-    def chunks() -> Iterator[Draws]:
+    def chunks() -> Iterator[Randomness]:
         for start in range(0, num_samples, chunk_size):
-            yield program.draw(min(chunk_size, num_samples - start), args, kwargs)
+            yield program.draw(min(chunk_size, num_samples - start))
 
     # Running sums of log w and (in logs) of w: memory does not grow with num_samples.
     total, log_total = torch.zeros(()), torch.tensor(-math.inf)
     broken = torch.zeros((), dtype=torch.long)
     with torch.no_grad(), shown.part("weights of draws", num_samples) as advance:
         for draws in counted(chunks(), advance):
-            log_w = program.map(log_weights, draws, args, kwargs)["log_w"]
+            log_w = program.vmap_traces(log_weights, draws)["log_w"]
             broken = broken.to(log_w.device) + (log_w.isnan() | log_w.isposinf()).sum(0)
             total = total.to(log_w) + log_w.sum(0)
             log_total = torch.logaddexp(log_total.to(log_w), log_w.logsumexp(0))

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import logsumexp
 
-from pyro_nf.arguments import check_has
 from pyro_nf.diagnostics.arviz_versions import elpd_data
 from pyro_nf.diagnostics.local import named_rows
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.weights import Floats, pareto_smooth
+from pyro_nf.interface.arguments import check_has
 
 if TYPE_CHECKING:
     import xarray

@@ -9,10 +9,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from pyro_nf.arguments import check_has, check_whole_number, checked
 from pyro_nf.diagnostics.calibration import Calibration, entry_label
 from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
 from pyro_nf.flows import Flow, Paced, Sequential, unpaced
+from pyro_nf.interface.arguments import check_has, check_whole_number, checked
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_nf.arguments import check_flag
-from pyro_nf.tracing import Draws, Particle, Program
+from pyro_nf.interface.arguments import check_flag
+from pyro_nf.programs.program import BoundProgram, Randomness, TracePair
 
 # Seconds after which a call shows what it does.
 _DELAY = 2.0
@@ -50,30 +50,26 @@ class Progress:
                 yield item
                 advance(1)
 
-    def chunks(
-        self, name: str, program: Program, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Draws]:
-        """`Program.chunks` as a part of the call."""
+    def chunks(self, name: str, program: BoundProgram, number: int) -> Iterator[Randomness]:
+        """`BoundProgram.chunks` as a part of the call."""
         with self.part(name, number) as advance:
-            yield from counted(program.chunks(number, args, kwargs), advance)
+            yield from counted(program.chunks(number), advance)
 
     def map(
         self,
         name: str,
-        program: Program,
-        extract: Callable[[Particle], dict[str, Tensor]],
+        program: BoundProgram,
+        extract: Callable[[TracePair], dict[str, Tensor]],
         number: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
     ) -> dict[str, Tensor]:
-        """`Program.map_in_chunks` as a part of the call."""
-        chunks = self.chunks(name, program, number, args, kwargs)
+        """`BoundProgram.vmap_in_chunks` as a part of the call."""
+        chunks = self.chunks(name, program, number)
         with torch.no_grad():
-            parts = [program.map(extract, draws, args, kwargs) for draws in chunks]
+            parts = [program.vmap_traces(extract, draws) for draws in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def counted(chunks: Iterable[Draws], advance: Advance) -> Iterator[Draws]:
+def counted(chunks: Iterable[Randomness], advance: Advance) -> Iterator[Randomness]:
     """Yield draws, and count those that are done with."""
     for draws in chunks:
         yield draws

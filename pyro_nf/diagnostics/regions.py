@@ -7,9 +7,9 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.modes import Mode, distance, find_modes, starting_points
 from pyro_nf.diagnostics.progress import Progress
-from pyro_nf.modes import Mode, distance, find_modes, starting_points
 
 _NUM_DRAWS = 2000
 # Regions with less of the evidence than this do not count.

@@ -9,8 +9,8 @@ from pyro.poutine import Trace
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from pyro_nf.calls import innermost, signature_of
-from pyro_nf.tracing import is_data
+from pyro_nf.programs.calls import innermost, signature_of
+from pyro_nf.programs.sites import is_data
 
 
 class Unconditioned(UnconditionMessenger):

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +10,8 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from pyro_nf.diagnostics.arviz_versions import psislw
-from pyro_nf.tracing import Particle, Program, guide_log_prob, log_prob_sum
+from pyro_nf.programs.program import BoundProgram, TracePair
+from pyro_nf.programs.traces import guide_log_prob, log_prob_sum
 
 Floats = npt.NDArray[np.float64]
 
@@ -131,20 +131,20 @@ def pareto_smooth(log_weights: Floats) -> tuple[Floats, float]:
     return psislw(log_weights)
 
 
-def log_densities(particle: Particle) -> dict[str, Tensor]:
+def log_densities(particle: TracePair) -> dict[str, Tensor]:
     """Return a draw's log joint density `log_p`, minus infinity where it is not finite, and the guide's `log_q`."""
     log_p = log_prob_sum(particle.model)
     return {"log_p": torch.where(log_p.isfinite(), log_p, -math.inf), "log_q": guide_log_prob(particle.guide)}
 
 
-def require_whole_data(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def require_whole_data(program: BoundProgram) -> None:
     """Raise a `ValueError` if the model subsamples a plate: its densities are noisy then, and weights mean nothing."""
     with torch.no_grad():
-        subsamples = program.structure(args, kwargs).subsamples
+        subsamples = program.spec.subsamples
     if subsamples:
         raise ValueError(
             f"plate {', '.join(map(repr, subsamples))} is subsampled, and importance weights need all the data: "
             "call the model without subsampling"
         )
-    if random := program.own_randomness(args, kwargs):
+    if random := program.own_randomness():
         raise ValueError(f"{random}, and importance weights need a density that is the same at each run")

@@ -5,7 +5,6 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import (
     LOG_SCALE_BOUND,
@@ -16,6 +15,7 @@ from pyro_nf.flows.numerics import (
     strictly_lower_index,
     unbound,
 )
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.transformers import Affine, Transformer
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import MADE
 
 

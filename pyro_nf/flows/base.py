@@ -8,7 +8,7 @@ from pyro.distributions import TransformModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.arguments import Count, Size, checked
+from pyro_nf.interface.arguments import Count, Size, checked
 
 
 class Flow(TransformModule):

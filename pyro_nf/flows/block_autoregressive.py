@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import MaskedLinear, freeze, start_at_zero
 
 # Of the log of an activation's slope at its centre, and of the log of its steepness: e^5 = 148 and e^3 = 20.

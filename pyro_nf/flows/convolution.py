@@ -6,10 +6,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.coupling import Coupling
 from pyro_nf.flows.numerics import soft_bound
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 # Gains of a frequency lie between e^-5 and e^5 = 148. A convolution mixes all frequencies in every coordinate: its

@@ -5,9 +5,9 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import LOG_SCALE_BOUND, soft_bound
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 # One gate grows at most like e^|x|, which float32 holds up to |x| = 88.

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow, Sequential
 from pyro_nf.flows.transformers import Affine, Transformer
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks.convolutional import ConvNet
 
 

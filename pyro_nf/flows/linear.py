@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import (
     LOG_SCALE_BOUND,
@@ -15,6 +14,7 @@ from pyro_nf.flows.numerics import (
     strictly_lower,
     strictly_lower_index,
 )
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 # Of |log s| in `LULinear`: beside other entries of order 1, pivots far from 1 would make a matrix that is singular to

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular, strictly_lower, strictly_lower_index
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters, freeze
 
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Positive, Size, check_real_tensor, checked
 from pyro_nf.flows.affine import ElementwiseAffine
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import LOG_SCALE_BOUND, unbound
+from pyro_nf.interface.arguments import Count, Positive, Size, check_real_tensor, checked
 
 
 class ActNorm(ElementwiseAffine):

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import checked
 from pyro_nf.flows.base import Flow, Inverse, Sequential
+from pyro_nf.interface.arguments import checked
 
 
 class Paced(Flow):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import checked
 from pyro_nf.flows.base import Flow
+from pyro_nf.interface.arguments import checked
 
 
 class Permutation(Flow):

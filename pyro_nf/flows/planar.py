@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import implicit_gradient, positive, solve_increasing
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.autoregressive import Autoregressive
 from pyro_nf.flows.base import Flow, Inverse, Sequential
 from pyro_nf.flows.block_autoregressive import BlockAutoregressive
@@ -29,6 +28,7 @@ from pyro_nf.flows.transformers import (
     RationalQuadraticSpline,
     Transformer,
 )
+from pyro_nf.interface.arguments import Count, Size, checked
 
 
 @checked

@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.householder import reflect
 from pyro_nf.flows.numerics import implicit_gradient, multiply, positive, soft_bound, solve_triangular
 from pyro_nf.flows.planar import mean_slope, solve_tanh
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks import ContextParameters
 
 # The diagonal of R2 lies between e^-3 and e^3: a tanh that is linear over a normal, or a step that is 0.05 wide.

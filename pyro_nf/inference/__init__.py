@@ -1,6 +1,6 @@
 """Inference: fit a guide."""
 
-from pyro_nf.inference.flow_svi import FlowSVI
 from pyro_nf.inference.result import Evaluation, FitResult, Status
+from pyro_nf.inference.svi import FlowSVI
 
 __all__ = ["Evaluation", "FitResult", "FlowSVI", "Status"]

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nf import untrusted
 from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.optim import State
-from pyro_nf.inference.ranks import Ranks
+from pyro_nf.inference.process_group import Ranks
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
+from pyro_nf.interface import untrusted
 
 # The largest checkpoint that is read: 1 GiB, for histories, and so many tensors of the parameters' size.
 _MAX_BYTES, _MAX_COPIES = 2**30, 32

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from pyro_nf.inference.graph import MIN_STEPS_TO_RECORD, GraphError, GraphSteps, Leaves, PlainSteps, Step
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
-from pyro_nf.inference.ranks import Ranks
-from pyro_nf.objectives import ELBO
-from pyro_nf.tracing import Draws, Program, signature
+from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.steps import MIN_STEPS_TO_RECORD, GraphError, GraphSteps, Leaves, PlainSteps, Step
+from pyro_nf.programs.program import BoundProgram, Program, Randomness, signature
 
-Steps = Callable[[State, Tensor, Draws], tuple[State, Tensor]]
+Steps = Callable[[State, Tensor, Randomness], tuple[State, Tensor]]
 """`(state, learning rates, draws) -> (state, ELBOs)`, as many steps as there are rates."""
 
 _FORMS = ("plain", "recorded", "compiled")
@@ -73,8 +73,7 @@ class Execution:
         self,
         state: State,
         num_particles: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        pair: BoundProgram,
         fixed: bool,
         check: bool = False,
     ) -> Steps:
@@ -88,25 +87,25 @@ class Execution:
         Args:
             state: A state of the fit.
             num_particles: Draws a step.
-            args: The model's arguments.
-            kwargs: The model's keyword arguments.
+            pair: Model and guide with their arguments.
             fixed: Whether these arguments are the same all through the fit: their values may be part of the graph.
                 Else one graph serves all tensors of their shapes.
             check: Whether to compare a step that is known with the plain one.
         """
-        values, spec = pytree.tree_flatten((args, kwargs))
+        values, spec = pytree.tree_flatten((pair.args, pair.kwargs))
         leaves = () if fixed else tuple(value for value in values if isinstance(value, Tensor))
 
-        def arguments(leaves: Leaves) -> Any:
+        def bound(leaves: Leaves) -> BoundProgram:
             if fixed:  # the objects themselves, whose contents may change
-                return args, kwargs
+                return pair
             given = iter(leaves)
-            return pytree.tree_unflatten(
+            args, kwargs = pytree.tree_unflatten(
                 [next(given) if isinstance(value, Tensor) else value for value in values], spec
             )
+            return pair.program.bind(*args, **kwargs)
 
         # An objective may change its form between blocks of steps.
-        key = (self.objective.path_gradient, None if fixed else signature(args, kwargs))
+        key = (self.objective.path_gradient, None if fixed else signature(pair.args, pair.kwargs))
         self._uses[key] += 1
         if check:
             self.objective.refresh()
@@ -117,20 +116,20 @@ class Execution:
         anywhere: Callable[[bool], bool] = bool if self.mode is False else self.ranks.any
         if (new or due) if fixed else anywhere(new or due):
             start = time.perf_counter()
-            changed = "" if new else self._change(key, state, num_particles, args, kwargs, leaves)
+            changed = "" if new else self._change(key, state, num_particles, pair, leaves)
             if anywhere(bool(changed)):
                 self._renew(changed)
             if anywhere(key not in self._known):
                 self._warn_of_shapes(key, leaves)
-                self._known[key] = self._prepare(arguments, state, num_particles, leaves, self.block if fixed else 1)
+                self._known[key] = self._prepare(bound, state, num_particles, leaves, self.block if fixed else 1)
             self.seconds += time.perf_counter() - start
         run = self._known[key]
         return lambda state, rates, draws: run(state, rates, draws, leaves)
 
-    def changed(self, state: State, num_particles: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def changed(self, state: State, num_particles: int, pair: BoundProgram) -> str:
         """Say how the plain step differs from the one that was taken last, whose data are fixed, if it does."""
         self.objective.refresh()
-        changed = self._change((self.objective.path_gradient, None), state, num_particles, args, kwargs, ())
+        changed = self._change((self.objective.path_gradient, None), state, num_particles, pair, ())
         found = [said for said in self.ranks.gather(changed) if said]
         return found[0] if found else ""
 
@@ -139,8 +138,7 @@ class Execution:
         key: Any,
         state: State,
         num_particles: int,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        pair: BoundProgram,
         leaves: Leaves,
     ) -> str:
         """Say how the plain step differs from a known one, on draws that no other step has."""
@@ -149,7 +147,7 @@ class Execution:
             return ""
         with self.ranks.rehearsal(), torch.random.fork_rng():
             torch.manual_seed(self._uses[key])
-            draws = self.program.draw(num_particles, args, kwargs)
+            draws = pair.draw(num_particles)
             return run.difference(state.params, draws, leaves)
 
     def _renew(self, changed: str) -> None:
@@ -175,11 +173,10 @@ class Execution:
             )
 
     def _prepare(
-        self, arguments: Callable[[Leaves], Any], state: State, num_particles: int, leaves: Leaves, block: int
+        self, bound: Callable[[Leaves], BoundProgram], state: State, num_particles: int, leaves: Leaves, block: int
     ) -> PlainSteps | GraphSteps:
-        def step(state: State, learning_rate: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
-            args, kwargs = arguments(leaves)
-            elbo, surrogate = self.objective.estimate(self.program, draws, args, kwargs)
+        def step(state: State, learning_rate: Tensor, draws: Randomness, leaves: Leaves) -> tuple[State, Tensor]:
+            elbo, surrogate = self.objective.estimate(bound(leaves), draws)
             shared = self.ranks.mean(torch.cat([elbo.view(1), *_gradients(surrogate, self.params)]))
             new = self.adam.update(state, shared[0], shared[1:], learning_rate)
             if not all(param.requires_grad for param in self.params):
@@ -196,10 +193,10 @@ class Execution:
         if self.mode == "auto" and self.num_steps < MIN_STEPS_TO_RECORD:
             self.reason = f"{self.num_steps} steps are too few for recording to pay"
             return plain
-        self.program.structure(*arguments(leaves))  # a first run draws: here, as where steps are plain
+        bound(leaves).spec  # noqa: B018 - a first run draws: here, as where steps are plain
         # The processes must take the same form, for each rounds in its own way; none waits for another until all know.
         with self.ranks.rehearsal():
-            forms, reason, failed = self._rehearse(plain, step, arguments, state, num_particles, leaves, block)
+            forms, reason, failed = self._rehearse(plain, step, bound, state, num_particles, leaves, block)
         outcomes = self.ranks.gather((len(forms) - 1, reason, failed))
         reached, self.reason, failed = min(outcomes, key=lambda outcome: outcome[0])
         self.form = _FORMS[reached]
@@ -213,7 +210,7 @@ class Execution:
         self,
         plain: PlainSteps,
         step: Step,
-        arguments: Callable[[Leaves], Any],
+        bound: Callable[[Leaves], BoundProgram],
         state: State,
         num_particles: int,
         leaves: Leaves,
@@ -224,7 +221,7 @@ class Execution:
         vectorized = self.program.vectorized
         try:
             with torch.random.fork_rng():  # a recorded fit has the draws of a plain one
-                draws = self.program.draw(num_particles, *arguments(leaves))
+                draws = bound(leaves).draw(num_particles)
             graph = GraphSteps(step, self.params, state, draws, leaves)
             if not self.program.vectorized:
                 raise GraphError("the model cannot be batched over draws")

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import pyro_nf
-from pyro_nf.inference.graph import read, write
-from pyro_nf.tracing import Particle, Program, is_data, is_deterministic, log_prob_sum
+from pyro_nf.inference.steps import read, write
+from pyro_nf.programs.program import BoundProgram, TracePair
+from pyro_nf.programs.sites import is_data, is_deterministic
+from pyro_nf.programs.traces import log_prob_sum
 
 Fingerprint = dict[str, dict[str, Any]]
 """`{kind of thing: {name: plain value}}`."""
@@ -36,23 +38,19 @@ class Identity:
         params: The parameters, which keep their values.
         objective: What is maximised: its class and the options that made it are compared.
         options: Options of the fit, plain values.
-        args: The model's arguments.
-        kwargs: The model's keyword arguments.
         fixed: Whether these are all the data, not one of many minibatches.
     """
 
     def __init__(
         self,
-        program: Program,
+        program: BoundProgram,
         params: Sequence[Tensor],
         objective: Any,
         options: Mapping[str, Any],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
         fixed: bool,
     ) -> None:
         self._program, self._params, self._objective, self._options = program, params, objective, options
-        self._args, self._kwargs, self._fixed = args, kwargs, fixed
+        self._fixed = fixed
         self._versions = self._data_versions()
         self._known: Fingerprint | None = None
 
@@ -112,12 +110,12 @@ class Identity:
                 module.load_state_dict({**state, **fitting})
 
     def _modules(self) -> Iterator[tuple[str, nn.Module]]:
-        for role, part in (("model", self._program.model), ("guide", self._program.guide)):
+        for role, part in (("model", self._program.program.model), ("guide", self._program.program.guide)):
             if isinstance(part, nn.Module):
                 yield role, part
 
     def _data_versions(self) -> list[int]:
-        leaves = pytree.tree_leaves((self._args, self._kwargs))
+        leaves = pytree.tree_leaves((self._program.args, self._program.kwargs))
         return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
     def _data(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,19 +123,19 @@ class Identity:
         if not self._fixed:
             return {"": "minibatches"}, {}
         arguments = {}
-        for given in (self._args, self._kwargs):
+        for given in (self._program.args, self._program.kwargs):
             for path, leaf in pytree.tree_flatten_with_path(given)[0]:
                 first: Any = path[0]
-                name = str(first.idx + 1) if given is self._args else repr(first.key)
+                name = str(first.idx + 1) if given is self._program.args else repr(first.key)
                 arguments[name + pytree.keystr(path[1:])] = _described(leaf)
-        structure = self._program.structure(self._args, self._kwargs)
+        structure = self._program.spec
         if structure.subsamples:  # the observed values are some of the data, by chance
             return arguments, {}
-        observed = [site for site in structure.particle.model.nodes.values() if is_data(site)]
+        observed = [site for site in structure.traces.model.nodes.values() if is_data(site)]
         return arguments, {repr(site["name"]): _described(site["value"]) for site in observed}
 
     def _densities(self) -> dict[str, Any]:
-        def terms(particle: Particle) -> dict[str, Tensor]:
+        def terms(particle: TracePair) -> dict[str, Tensor]:
             log_q, _ = log_prob_sum(particle.guide), log_prob_sum(particle.model)
             sites = [site for site in particle.model.nodes.values() if site["type"] == "sample"]
             log_p = {f"of site {site['name']!r}": site["log_prob_sum"] for site in sites if not is_deterministic(site)}
@@ -145,8 +143,8 @@ class Identity:
 
         with torch.random.fork_rng(), _fixed_values(self._params), torch.no_grad():
             torch.manual_seed(0)
-            draws = self._program.draw(1, self._args, self._kwargs)
-            found = self._program.map(terms, draws, self._args, self._kwargs)
+            draws = self._program.draw(1)
+            found = self._program.vmap_traces(terms, draws)
         return {name: float(value) for name, value in found.items()}
 
 

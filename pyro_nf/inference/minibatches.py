@@ -7,10 +7,8 @@ from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 from torch.utils import _pytree as pytree
 
-from pyro_nf.arguments import unpacked
-from pyro_nf.tracing import Program
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from pyro_nf.interface.arguments import unpacked
+from pyro_nf.programs.program import BoundProgram, Program
 
 # Minibatches of the first pass that are looked at, each by a run of model and guide.
 MAX_CHECKED = 5000
@@ -45,13 +43,13 @@ class Minibatches:
         self.faults: list[Fault] = []
         self._program = program
         self._passes = self._go_through(batches)
-        self._block: list[tuple[str, Call | None]] = []
+        self._block: list[tuple[str, BoundProgram | None]] = []
         self._room = _MAX_KEPT
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[BoundProgram]:
         return self
 
-    def __next__(self) -> Call:
+    def __next__(self) -> BoundProgram:
         return next(self._passes)
 
     def start_block(self) -> None:
@@ -62,42 +60,53 @@ class Minibatches:
     def find_faults(self, elbos: Tensor) -> None:
         """Look at the minibatches of those steps of the block whose ELBO is not finite, `(steps,)`."""
         for step in (~elbos.isfinite()).nonzero()[:, 0].tolist():
-            name, arguments = self._block[step]
-            if arguments is None:
+            name, pair = self._block[step]
+            if pair is None:
                 problem = "too large to be looked at"
             else:
-                problem = self._problem(arguments) or _not_finite(arguments)
+                problem = self._problem(pair) or _not_finite(pair)
             if problem:
                 self.faults.append(Fault(name, problem))
 
-    def _go_through(self, batches: Iterable[Any]) -> Iterator[Call]:
+    def _go_through(self, batches: Iterable[Any]) -> Iterator[BoundProgram]:
         number_of_pass = 0
         while True:
             number_of_pass += 1
             number = 0
             for number, batch in enumerate(batches, 1):
-                arguments, name = _arguments(batch), f"minibatch {number} of pass {number_of_pass}"
-                self._keep(name, arguments)
+                pair, name = self._bound(batch), f"minibatch {number} of pass {number_of_pass}"
+                self._keep(name, pair)
                 checked = number_of_pass == 1 and number <= MAX_CHECKED
-                if checked and (problem := self._problem(arguments, number == 1)):
+                if checked and (problem := self._problem(pair, number == 1)):
                     raise ValueError(f"{name}: {problem}")
-                yield arguments
+                yield pair
             if not number:
                 raise ValueError(
                     "batches must give minibatches at each iteration over it; it gave none (a generator gives them "
                     "once: pass a list or a DataLoader)"
                 )
 
-    def _keep(self, name: str, arguments: Call) -> None:
-        self._room -= sum(leaf.nbytes for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor))
-        self._block.append((name, arguments if self._room >= 0 else None))
+    def _bound(self, batch: Any) -> BoundProgram:
+        """Return model and guide with a minibatch as their arguments."""
+        if isinstance(batch, Mapping):
+            return self._program.bind(**batch)
+        args, kwargs = unpacked(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})
+        return self._program.bind(*args, **kwargs)
 
-    def _problem(self, arguments: Call, first: bool = False) -> str:
+    def _keep(self, name: str, pair: BoundProgram) -> None:
+        self._room -= sum(
+            leaf.nbytes for leaf in pytree.tree_leaves((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)
+        )
+        self._block.append((name, pair if self._room >= 0 else None))
+
+    def _problem(self, pair: BoundProgram, first: bool = False) -> str:
         """Say what is wrong with the data of a minibatch, if anything is."""
         # The very first run, which sets the guide up, is the fit's own, and checks the data.
-        check = self._program.structure if first else self._program.check_data
         try:
-            check(*arguments)
+            if first:
+                pair.spec  # noqa: B018
+            else:
+                pair.check_data()
         except ValueError as error:
             return str(error)
         except LinAlgError:  # of this draw
@@ -112,14 +121,8 @@ def faults_in_words(faults: list[Fault], steps: int) -> str:
     return f"{len(faults)} of {steps} steps were skipped, {', '.join([*names, *more])}: {faults[0].problem}"
 
 
-def _not_finite(arguments: Call) -> str:
+def _not_finite(pair: BoundProgram) -> str:
     """Count what could be the matter where observed values are not, as in covariates."""
-    leaves = [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in pytree.tree_leaves((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)]
     number = sum(int((~leaf.isfinite()).sum()) for leaf in leaves)
     return f"its arguments hold {number} numbers that are NaN or infinite" if number else ""
-
-
-def _arguments(batch: Any) -> Call:
-    if isinstance(batch, Mapping):
-        return (), dict(batch)
-    return unpacked(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,), {})

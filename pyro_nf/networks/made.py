@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.parameters import freeze, start_at_zero
 

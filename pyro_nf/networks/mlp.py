@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks.parameters import start_at_zero
 
 

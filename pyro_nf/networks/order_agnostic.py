@@ -9,7 +9,7 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, Size, checked
+from pyro_nf.interface.arguments import Count, Size, checked
 from pyro_nf.networks.mlp import MLP
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from pyro_nf.arguments import Count, checked
+from pyro_nf.interface.arguments import Count, checked
 
 
 @checked

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pyro.distributions import TransformModule
 
-from pyro_nf.arguments import Positive, check_has, checked
+from pyro_nf.interface.arguments import Positive, check_has, checked
 from pyro_nf.testing import checks
 
 

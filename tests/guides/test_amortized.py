@@ -11,8 +11,8 @@ from pyro.infer.autoguide import AutoGuideList
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AmortizedFlow, AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.networks import MLP
-from pyro_nf.objectives import ELBO
 
 DATA = torch.randn(40, 2, generator=torch.Generator().manual_seed(2)) * 2
 

@@ -16,7 +16,7 @@ from pyro_nf.diagnostics import diagnose
 from pyro_nf.flows import Planar, stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.objectives import ELBO
+from pyro_nf.inference.elbo import ELBO
 
 X = torch.randn(30, 2, generator=torch.Generator().manual_seed(1))
 Y = X @ torch.tensor([1.0, -2.0]) + 0.3

@@ -14,8 +14,8 @@ from pyro_nf.flows import stacks
 from pyro_nf.flows.numerics import LOG_SCALE_BOUND, unbound
 from pyro_nf.guides import AutoFlow, StructuredFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.networks import MLP
-from pyro_nf.objectives import ELBO
 
 X = torch.tensor([-1.0, 0.5, 2.0, 3.0, 1.0, 2.5])
 SMALL = functools.partial(stacks.make, "planar", depth=1)

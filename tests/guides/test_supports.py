@@ -10,7 +10,7 @@ from pyro.distributions import constraints
 
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.supports import bijection
+from pyro_nf.programs.supports import bijection
 
 pytestmark = pytest.mark.filterwarnings("ignore:Singular sample")  # of torch's Wishart, which repairs it
 

@@ -43,7 +43,7 @@ from torch.distributions import constraints
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.tracing import log_prob_sum
+from pyro_nf.programs.traces import log_prob_sum
 
 Y = torch.tensor([1.0, -1.0, 2.0, 0.5])
 STRATEGIES = [

@@ -9,13 +9,13 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, execution
-from pyro_nf.inference.graph import GraphError, GraphSteps
-from pyro_nf.objectives import ELBO
-from pyro_nf.tracing import log_prob_sum
+from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference.steps import GraphError, GraphSteps
+from pyro_nf.programs.traces import log_prob_sum
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 OPTIONS = {

@@ -14,11 +14,11 @@ from pyro_nf.flows import ElementwiseAffine, Planar
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.checkpoint import Progress
-from pyro_nf.inference.graph import GraphSteps
+from pyro_nf.inference.elbo import ELBO, WarmUpELBO
 from pyro_nf.inference.optim import State
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
-from pyro_nf.objectives import ELBO, WarmUpELBO
+from pyro_nf.inference.steps import GraphSteps
 
 X = torch.linspace(-1, 1, 20)
 Y = 0.5 + 2.0 * X

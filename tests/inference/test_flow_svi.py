@@ -9,9 +9,9 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
-from pyro_nf.objectives import ELBO
 
 X = torch.linspace(-1, 1, 20)
 Y = 0.5 + 2.0 * X
@@ -147,8 +147,11 @@ def test_a_run_without_a_finite_step_ends_early_and_names_the_site():
         ({"progress": 1}, "True or False; got 1"),
         ({"callbacks": 3}, "a list of functions of an Evaluation; got 3"),
         ({"callbacks": [3]}, r"a list of functions of an Evaluation; got \[3\]"),
-        ({"objective": pyro.infer.Trace_ELBO()}, "one of pyro_nf.objectives, .* got pyro.infer.trace_elbo.Trace_ELBO"),
-        ({"objective": ELBO}, "one of pyro_nf.objectives"),
+        (
+            {"objective": pyro.infer.Trace_ELBO()},
+            "one of pyro_nf.inference.elbo, .* got pyro.infer.trace_elbo.Trace_ELBO",
+        ),
+        ({"objective": ELBO}, "one of pyro_nf.inference.elbo"),
         ({"checkpoint": 3}, "a file's path, or None; got 3"),
         ({"checkpoint": "/no/such/folder/fit.pt"}, "a path in a folder that exists; got '/no/such/folder/fit.pt'"),
         ({"checkpoint": "/"}, "a file's path; got the folder '/': name a file in it"),

@@ -9,10 +9,10 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, graph
-from pyro_nf.inference.graph import GraphError, GraphSteps
 from pyro_nf.inference.optim import GuardedAdam, State
+from pyro_nf.inference.steps import GraphError, GraphSteps
 from pyro_nf.models import eight_schools
-from pyro_nf.tracing import Draws
+from pyro_nf.programs.program import Randomness
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -130,7 +130,7 @@ def test_a_graph_that_differs_is_refused():
         (grad,) = torch.autograd.grad(loss, param)
         return GuardedAdam().update(state, loss.detach(), grad, learning_rate), loss.detach()
 
-    steps = GraphSteps(step, [param], state, Draws(torch.zeros(1, 0), {}), ())
+    steps = GraphSteps(step, [param], state, Randomness(torch.zeros(1, 0), {}), ())
     with pytest.raises(GraphError, match="the graph's results differ from the plain step's"):
         steps.verify()
     assert not param.any()

@@ -25,12 +25,12 @@ import torch.distributed as processes
 from pyro_nf.flows import Permutation
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.graph import GraphError, GraphSteps, read, write
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
-from pyro_nf.inference.ranks import Ranks
+from pyro_nf.inference.process_group import Ranks
 from pyro_nf.inference.schedule import PlateauSchedule
-from pyro_nf.objectives import ELBO
-from pyro_nf.tracing import Draws, Program
+from pyro_nf.inference.steps import GraphError, GraphSteps, read, write
+from pyro_nf.programs.program import Program, Randomness
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -293,7 +293,7 @@ def assert_equal_results(one, other):
 # The fit is right.
 
 
-def reference(draws: list[list[Draws]], data: list[list[Any]]) -> torch.Tensor:
+def reference(draws: list[list[Randomness]], data: list[list[Any]]) -> torch.Tensor:
     """The steps of two processes in one: `draws[rank][step]`, `data[rank][step]` -> ELBOs, and the parameters set."""
     pyro.clear_param_store()
     hand_written()
@@ -315,7 +315,7 @@ def reference(draws: list[list[Draws]], data: list[list[Any]]) -> torch.Tensor:
     return torch.stack(elbos)
 
 
-def stream(rank: int, args: Any, num_looks: int | None, num_drawn: int, block: int) -> list[Draws]:
+def stream(rank: int, args: Any, num_looks: int | None, num_drawn: int, block: int) -> list[Randomness]:
     """The draws of one of the two processes: after those of the first evaluation, those of the steps, in blocks."""
     program = Program(regression, hand_written)
     program.structure(args, {})

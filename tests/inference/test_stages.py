@@ -10,9 +10,9 @@ from pyro_nf.diagnostics import diagnose
 from pyro_nf.diagnostics.weights import summarise
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, stages
-from pyro_nf.inference.stages import fit_in_stages
-from pyro_nf.objectives import ELBO
-from pyro_nf.tracing import Program
+from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference.staged.chain import fit_in_stages
+from pyro_nf.programs.program import Program
 
 
 def normal(loc=1e3, scale=1e-3):

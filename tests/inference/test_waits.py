@@ -13,17 +13,17 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.gaussian import nearest_normal
+from pyro_nf.approximations.modes import find_modes
+from pyro_nf.approximations.transport import nearest_triangular
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, Status, stages
-from pyro_nf.inference.stages import fit_in_stages
+from pyro_nf.inference.staged.chain import fit_in_stages
 from pyro_nf.inference.watch import Watch
-from pyro_nf.modes import find_modes
-from pyro_nf.normals import nearest_normal
-from pyro_nf.tracing import Program
-from pyro_nf.transport import nearest_triangular
+from pyro_nf.programs.program import Program
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 

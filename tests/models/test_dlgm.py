@@ -11,9 +11,9 @@ from torch import nn
 from pyro_nf.diagnostics import local_evidence
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import WarmUpELBO
 from pyro_nf.models import DLGM, VAE, BernoulliLikelihood, NormalLikelihood, load_digits
 from pyro_nf.networks import GatedLinear, GatedMLP, ImageDecoder, ImageEncoder
-from pyro_nf.objectives import WarmUpELBO
 
 X = (torch.rand(30, 6, generator=torch.Generator().manual_seed(0)) > 0.5).float()
 

@@ -9,8 +9,8 @@ from pyro import poutine
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.models import energies
-from pyro_nf.objectives import ELBO
 
 
 def by_hand(name, z1, z2):

@@ -9,7 +9,7 @@ from scipy import stats
 from scipy.integrate import dblquad, quad
 
 from pyro_nf.models import fertility, hard_posteriors, motorcycle
-from pyro_nf.tracing import is_latent
+from pyro_nf.programs.sites import is_latent
 
 RNG = np.random.default_rng(0)
 NORMAL = stats.norm.logpdf

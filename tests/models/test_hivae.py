@@ -11,9 +11,9 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.elbo import ELBO
 from pyro_nf.models import HIVAE, TableEncoder
 from pyro_nf.models.tables import Column, make
-from pyro_nf.objectives import ELBO
 
 COLUMNS = [
     Column("income", "pos"),

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from pyro_nf import untrusted
+from pyro_nf.interface import untrusted
 from pyro_nf.models import (
     Resampled,
     binarize,

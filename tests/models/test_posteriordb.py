@@ -27,7 +27,7 @@ from pyro_nf.models import posteriordb
 from pyro_nf.models.posteriordb import priors
 from pyro_nf.models.posteriordb.catalogue import ENTRIES
 from pyro_nf.models.posteriordb.priors import Restricted
-from pyro_nf.tracing import is_latent
+from pyro_nf.programs.sites import is_latent
 
 FOLDER = os.environ.get("PYRO_NF_POSTERIORDB")
 RNG = np.random.default_rng(0)

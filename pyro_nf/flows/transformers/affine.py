@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from pyro_nf.arguments import Positive, checked
 from pyro_nf.flows.numerics import soft_bound
+from pyro_nf.interface.arguments import Positive, checked
 
 
 class Additive:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from pyro_nf.arguments import Size, checked
 from pyro_nf.flows.numerics import implicit_gradient, soft_bound, solve_increasing
 from pyro_nf.flows.transformers.affine import Affine
+from pyro_nf.interface.arguments import Size, checked
 
 # Of |log a| and |b|: slopes of a unit between 1/20 and 20, and of the whole map above e^-3 sigmoid(-10) = 2e-6, far
 # enough from 0 for an inverse in float32.

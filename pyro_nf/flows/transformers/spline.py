@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_nf.arguments import Positive, Size, checked
 from pyro_nf.flows.numerics import positive, soft_bound
+from pyro_nf.interface.arguments import Positive, Size, checked
 
 # Of a bin's share of the box, times the number of bins, and of the slope at a knot: 8 bins have slopes between 1/72 and
 # 72 on average, so that each layer of a deep flow loses no more than two of float32's seven digits.

@@ -25,13 +25,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_nf.density import scripted
+from pyro_nf.approximations.density import scripted
 from pyro_nf.inference.optim import State
-from pyro_nf.inference.ranks import Ranks
-from pyro_nf.tracing import Draws
+from pyro_nf.inference.process_group import Ranks
+from pyro_nf.programs.program import Randomness
 
 Leaves = tuple[Tensor, ...]
-Step = Callable[[State, Tensor, Draws, Leaves], tuple[State, Tensor]]
+Step = Callable[[State, Tensor, Randomness, Leaves], tuple[State, Tensor]]
 """`(state, learning rate, draws, data) -> (state, ELBO)`."""
 
 # How far a graph's results may be from the plain step's: relative to the largest entry of a parameter's gradient, some
@@ -69,7 +69,7 @@ class PlainSteps:
     def __init__(self, step: Step, params: Sequence[Tensor]) -> None:
         self._step, self._params = step, params
 
-    def __call__(self, state: State, rates: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+    def __call__(self, state: State, rates: Tensor, draws: Randomness, leaves: Leaves) -> tuple[State, Tensor]:
         """Take a step for each of the learning rates; return the state and the ELBOs, `(num_steps,)`."""
         values = []
         for i, rate in enumerate(rates):
@@ -93,7 +93,7 @@ class GraphSteps:
         GraphError: If the step cannot be recorded, as where control flow depends on values.
     """
 
-    def __init__(self, step: Step, params: Sequence[Tensor], state: State, draws: Draws, leaves: Leaves) -> None:
+    def __init__(self, step: Step, params: Sequence[Tensor], state: State, draws: Randomness, leaves: Leaves) -> None:
         self._plain = PlainSteps(step, params)
         self._params = params
         self._example = state, draws, leaves
@@ -102,7 +102,7 @@ class GraphSteps:
 
         def function(*inputs: Tensor) -> tuple[Tensor, ...]:
             old, (rate, noise, *rest) = State(*inputs[: len(state)]), inputs[len(state) :]
-            given = Draws(noise, dict(zip(names, rest[: len(names)], strict=True)))
+            given = Randomness(noise, dict(zip(names, rest[: len(names)], strict=True)))
             data = rest[len(names) :]
             with IntegerConstants(inputs, data) as constants, _WithoutReading(constants):
                 new, value = step(old, rate, given, tuple(data))
@@ -191,7 +191,7 @@ class GraphSteps:
                 # Near enough that deep flows are not chaotic in float32, far enough that nothing is at its identity.
                 here = wanted[0]._replace(params=here.params + 0.01 * torch.randn_like(here.params))
 
-    def difference(self, params: Tensor, draws: Draws, leaves: Leaves) -> str:
+    def difference(self, params: Tensor, draws: Randomness, leaves: Leaves) -> str:
         """Say how the plain step, as it is now, differs from the graph on the same noise: in no way, an empty string.
 
         Args:
@@ -213,7 +213,7 @@ class GraphSteps:
             return "another gradient than the recorded step"
         return f"an ELBO of {elbos[0]:.6g} on draws on which the recorded step has {elbos[1]:.6g}"
 
-    def _result(self, steps: Any, here: State, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+    def _result(self, steps: Any, here: State, draws: Randomness, leaves: Leaves) -> tuple[State, Tensor]:
         """Take steps from one seed, at the rate 0: parameters stay, and the averages are those of the gradient."""
         torch.manual_seed(1)
         result: tuple[State, Tensor] = steps(here, here.params.new_zeros(self.unroll), draws, leaves)
@@ -233,7 +233,7 @@ class GraphSteps:
             _close(a, b, least + _TIMES * _size(a - c)) for a, b, c, least in zip(one, other, third, atol, strict=True)
         )
 
-    def __call__(self, state: State, rates: Tensor, draws: Draws, leaves: Leaves) -> tuple[State, Tensor]:
+    def __call__(self, state: State, rates: Tensor, draws: Randomness, leaves: Leaves) -> tuple[State, Tensor]:
         """Take a step for each of the learning rates; return the state and the ELBOs, `(num_steps,)`."""
         values = []
         given = (draws.noise, *draws.indices.values())
@@ -378,10 +378,10 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
 
 
-def _repeated(draws: Draws, num_steps: int) -> Draws:
+def _repeated(draws: Randomness, num_steps: int) -> Randomness:
     """Other draws of the same kind for each step: the given ones, rolled along the particles."""
     noise = torch.stack([draws.noise.roll(i, -1) for i in range(num_steps)])
-    return Draws(noise, {name: torch.stack([rows] * num_steps) for name, rows in draws.indices.items()})
+    return Randomness(noise, {name: torch.stack([rows] * num_steps) for name, rows in draws.indices.items()})
 
 
 def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:

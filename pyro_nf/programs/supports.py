@@ -17,7 +17,7 @@ from torch.distributions.transforms import (
     identity_transform,
 )
 
-from pyro_nf.rewrites import may_hold
+from pyro_nf.programs.rewrites import may_hold
 
 # Densities of angles, which torch declares on the whole real line, where they repeat for ever and have no integral.
 _PERIODIC = (dist.VonMises, dist.SineBivariateVonMises, dist.SineSkewed)

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
 
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import Particle, Program, Structure, is_data, is_deterministic, is_latent
+from pyro_nf.programs._pyro import is_subsample
+from pyro_nf.programs.program import BoundProgram, ProgramSpec, TracePair
+from pyro_nf.programs.sites import is_data, is_deterministic, is_latent
+from pyro_nf.programs.supports import bijection
 
 Sites = dict[str, Any]
 
@@ -33,52 +34,52 @@ class Mismatch(NamedTuple):
     counts: bool
 
 
-def matched_structure(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
-    """Return a pair's structure, once it is known that the guide's values are of the kind that the model's sites take.
+def matched_spec(program: BoundProgram) -> ProgramSpec:
+    """Return a pair's spec, once it is known that the guide's values are of the kind that the model's sites take.
 
     Raises:
         ValueError: If a latent of the model is something else in the guide, or has another shape there, or if a factor
-            of the guide does not say whether it is reparametrised; else as `Program.structure`.
+            of the guide does not say whether it is reparametrised; else as `BoundProgram.spec`.
     """
     try:
-        structure = program.structure(args, kwargs)
+        spec = program.spec
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         # Of a wrong shape the model may make any error: say whether there is one.
-        found = next(_clashes(*_apart(program, args, kwargs)), "")
+        found = next(_clashes(*_apart(program)), "")
         if found:
             raise ValueError(found) from error
         raise
-    for sentence in _clashes(structure.particle.guide.nodes, structure.particle.model.nodes):
+    for sentence in _clashes(spec.traces.guide.nodes, spec.traces.model.nodes):
         raise ValueError(sentence)
-    return structure
+    return spec
 
 
-def warn_of_mismatches(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def warn_of_mismatches(program: BoundProgram) -> None:
     """Warn of sites and plates that only one of the two has, as Pyro's ELBOs do.
 
     Raises:
-        ValueError: As `matched_structure`.
+        ValueError: As `matched_spec`.
     """
-    for mismatch in _mismatches(matched_structure(program, args, kwargs).particle):
+    for mismatch in _mismatches(matched_spec(program).traces):
         warnings.warn(mismatch.sentence, stacklevel=3)
 
 
-def require_match(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def require_match(program: BoundProgram) -> None:
     """Raise a `ValueError` if draws and densities of the guide are not those of an approximation to the posterior."""
     with torch.no_grad():
-        particle = matched_structure(program, args, kwargs).particle
-    _refuse("guide and model do not match", [each.sentence for each in _mismatches(particle) if each.counts])
+        pair = matched_spec(program).traces
+    _refuse("guide and model do not match", [each.sentence for each in _mismatches(pair) if each.counts])
 
 
-def require_weights(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def require_weights(program: BoundProgram) -> None:
     """Raise a `ValueError` if `p(x, z) / q(z)` is no importance weight: as `require_match`, and where q is no density.
 
     That is a point estimate's, and one of more variables than the model has latents.
     """
-    require_match(program, args, kwargs)
-    structure = program.structure(args, kwargs)
-    _refuse("the guide's draws have no importance weights", list(_without_density(structure.particle)))
-    given = _given_subsamples(structure)
+    require_match(program)
+    spec = program.spec
+    _refuse("the guide's draws have no importance weights", list(_without_density(spec.traces)))
+    given = _given_subsamples(spec)
     if given:
         raise ValueError(
             f"plate {_names(given)} is subsampled by indices that the model was given, and importance weights need all "
@@ -91,14 +92,14 @@ def _refuse(what: str, sentences: list[str]) -> None:
         raise ValueError(f"{what}: {'; '.join(sentences)}")
 
 
-def _apart(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Sites, Sites]:
+def _apart(program: BoundProgram) -> tuple[Sites, Sites]:
     """Return the sites of guide and model, each run by itself, as far as they run."""
     found = []
     for run in (program.guide, program.model):
         tracer = poutine.trace(run)
         try:
             with torch.no_grad(), poutine.block():
-                tracer(*args, **kwargs)
+                tracer()
         except Exception:  # the caller has an error to raise already
             pass
         found.append(tracer.trace.nodes)
@@ -158,8 +159,8 @@ def _shape_clash(name: str, model: Any, guide: Any) -> Iterator[str]:
         )
 
 
-def _mismatches(particle: Particle) -> list[Mismatch]:
-    guide, model = particle.guide.nodes, particle.model.nodes
+def _mismatches(pair: TracePair) -> list[Mismatch]:
+    guide, model = pair.guide.nodes, pair.model.nodes
     latent = [name for name, site in model.items() if is_latent(site)]
     own = [name for name, site in guide.items() if is_latent(site) and not _is_auxiliary(site) and name not in latent]
     data = [name for name in own if name in model and is_data(model[name])]
@@ -179,9 +180,9 @@ def _mismatches(particle: Particle) -> list[Mismatch]:
     return [Mismatch(sentence, counts) for sentence, (names, counts) in found.items() if names]
 
 
-def _without_density(particle: Particle) -> Iterator[str]:
+def _without_density(pair: TracePair) -> Iterator[str]:
     """Say where the guide's density is not one over the model's latents, by how many numbers it draws for them."""
-    guide, model = particle.guide.nodes, particle.model.nodes
+    guide, model = pair.guide.nodes, pair.model.nodes
     images = [name for name, site in model.items() if is_latent(site) and _is_point(guide[name]["fn"])]
     sources = [
         name
@@ -210,12 +211,12 @@ def _without_density(particle: Particle) -> Iterator[str]:
         yield _POINT.format(names=f"some of {_names(images)}")
 
 
-def _given_subsamples(structure: Structure) -> list[str]:
+def _given_subsamples(spec: ProgramSpec) -> list[str]:
     """Return the plates that hold part of the data by indices that the model was given, which no draw chooses."""
-    sites = [site for trace in structure.particle for site in trace.nodes.values() if site["type"] == "sample"]
+    sites = [site for trace in spec.traces for site in trace.nodes.values() if site["type"] == "sample"]
     frames = {frame for site in sites for frame in site["cond_indep_stack"]}
     parts = {frame.name for frame in frames if frame.full_size is not None and frame.size < frame.full_size}
-    return sorted(parts - set(structure.subsamples))
+    return sorted(parts - set(spec.subsamples))
 
 
 def _density_is_one(fn: Any) -> bool:
@@ -242,7 +243,7 @@ def _is_auxiliary(site: dict[str, Any]) -> bool:
 
 
 def _is_plate(site: dict[str, Any]) -> bool:
-    return site["type"] == "sample" and isinstance(site["fn"], _Subsample)
+    return site["type"] == "sample" and is_subsample(site)
 
 
 def _names(names: list[str]) -> str:

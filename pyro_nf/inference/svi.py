@@ -18,7 +18,23 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.arguments import (
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.improper import flat_directions
+from pyro_nf.approximations.pairs import check_pair, paired_density
+from pyro_nf.flows import unpaced
+from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
+from pyro_nf.inference.elbo import ELBO, CoordinateELBO
+from pyro_nf.inference.execution import Execution, Steps, is_now_and_then
+from pyro_nf.inference.fingerprint import Identity
+from pyro_nf.inference.minibatches import Call, Fault, Minibatches, faults_in_words
+from pyro_nf.inference.optim import GuardedAdam, State
+from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.result import Evaluation, FitResult, Status
+from pyro_nf.inference.schedule import PlateauSchedule
+from pyro_nf.inference.staged.chain import Staged, StagePlan, fit_in_stages
+from pyro_nf.inference.steps import MAX_UNROLL, read, write
+from pyro_nf.inference.watch import Callback, Watch
+from pyro_nf.interface.arguments import (
     check_choice,
     check_flag,
     check_number,
@@ -27,27 +43,13 @@ from pyro_nf.arguments import (
     named_arguments,
     unpacked,
 )
-from pyro_nf.coordinates import names_of
-from pyro_nf.density import Density
-from pyro_nf.flows import unpaced
-from pyro_nf.improper import flat_directions
-from pyro_nf.inference.checkpoint import Progress, random_state, set_random_state
-from pyro_nf.inference.execution import Execution, Steps, is_now_and_then
-from pyro_nf.inference.fingerprint import Identity
-from pyro_nf.inference.graph import MAX_UNROLL, read, write
-from pyro_nf.inference.minibatches import Call, Fault, Minibatches, faults_in_words
-from pyro_nf.inference.optim import GuardedAdam, State
-from pyro_nf.inference.ranks import Ranks
-from pyro_nf.inference.result import Evaluation, FitResult, Status
-from pyro_nf.inference.schedule import PlateauSchedule
-from pyro_nf.inference.stages import Staged, StagePlan, fit_in_stages
-from pyro_nf.inference.watch import Callback, Watch
-from pyro_nf.matching import matched_structure, warn_of_mismatches
-from pyro_nf.objectives import ELBO, CoordinateELBO
-from pyro_nf.pairs import check_pair, paired_density
-from pyro_nf.tracing import Draws, Particle, Program, Structure, guide_log_prob, in_words, is_data, log_prob_sum
-from pyro_nf.untrusted import check_writable
-from pyro_nf.waits import one_at_a_time
+from pyro_nf.interface.untrusted import check_writable
+from pyro_nf.interface.waits import one_at_a_time
+from pyro_nf.programs.coordinates import names_of
+from pyro_nf.programs.matching import matched_spec, warn_of_mismatches
+from pyro_nf.programs.program import Program, ProgramSpec, Randomness, TracePair
+from pyro_nf.programs.sites import is_data
+from pyro_nf.programs.traces import guide_log_prob, in_words, log_prob_sum
 
 # Non-finite steps in a row that end a run: by then no draw of the guide has a density that can be used.
 _MAX_RUN_SKIPPED = 100
@@ -264,10 +266,10 @@ class FlowSVI:
             if self.seed is not None:
                 torch.manual_seed(self.seed)  # before the first run, which makes the guide's networks
             structure = self._structure(args, kwargs)
-            trained = any(site["type"] == "param" for site in structure.particle.model.nodes.values())
-            if structure.subsamples or trained or self.program.own_randomness(args, kwargs):
+            trained = any(site["type"] == "param" for site in structure.traces.model.nodes.values())
+            if structure.subsamples or trained or self.program.own_randomness():
                 return None
-            self.program.check_data(args, kwargs)
+            self.program.check_data()
             self._warn_of_nothing_observed(args, kwargs)
             density, improper = self._proper_density(args, kwargs)
             fit = self._stage_fit(density, args, kwargs, watch)
@@ -295,7 +297,7 @@ class FlowSVI:
             found = flat_directions(density.gradients, points)
         if not found:
             return density, []
-        proper = Density(found.made_proper(density.log_density), self.program.num_numbers(args, kwargs))
+        proper = Density(found.made_proper(density.log_density), self.program.num_numbers)
         return proper, [found.describe(names_of(guide.latent_sites()))]
 
     def _stage_fit(
@@ -365,7 +367,7 @@ class FlowSVI:
         if plan is None:  # a stage's data are known
             self._warn_of_nothing_observed(args, kwargs)
         if plan is None and fixed:
-            self.program.check_data(args, kwargs)
+            self.program.check_data()
         starts = None
         if self.num_starts and resume is None:
             starts = self._start_at_modes(args, kwargs, watch)
@@ -538,11 +540,11 @@ class FlowSVI:
         density = paired_density(self.program.model, guide, args, kwargs)
         return guide.start_at_modes(density, self.num_starts, watch.report)
 
-    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
+    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ProgramSpec:
         """The pair's structure; where the model fails on arguments that are no tensors, say which these are."""
         try:
-            structure = matched_structure(self.program, args, kwargs)
-            for name, site in structure.particle.model.nodes.items():
+            structure = matched_spec(self.program)
+            for name, site in structure.traces.model.nodes.items():
                 if is_data(site) and not isinstance(site["value"], (Tensor, numbers.Number)):
                     kind = type(site["value"]).__name__
                     raise ValueError(f"site {name!r} observes a {kind}: it must be a tensor, torch.as_tensor(...)")
@@ -552,7 +554,7 @@ class FlowSVI:
             raise
 
     def _notes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str, ...]:
-        nodes = self.program.structure(args, kwargs).particle.model.nodes.values()
+        nodes = self.program.spec.traces.model.nodes.values()
         return () if any(map(is_data, nodes)) else ("the model observes nothing: this is its prior",)
 
     def _warn_of_nothing_observed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -581,10 +583,10 @@ class FlowSVI:
         """The unconstrained tensors of every parameter that the objective touches."""
         self._structure(args, kwargs)
         if isinstance(self.program.guide, Staged):
-            check_pair(self.program, self.program.guide, args, kwargs)
-        warn_of_mismatches(self.program, args, kwargs)
+            check_pair(self.program, self.program.guide)
+        warn_of_mismatches(self.program)
         with poutine.trace(param_only=True) as capture, torch.no_grad():
-            ELBO().estimate(self.program, self.program.draw(1, args, kwargs), args, kwargs)
+            ELBO().estimate(self.program, self.program.draw(1), args, kwargs)
         params = [site["value"].unconstrained() for site in capture.trace.nodes.values()]
         params = list({id(p): p for p in params if p.requires_grad}.values())
         if not params:
@@ -608,12 +610,12 @@ class FlowSVI:
     def _evaluate(self, step: int, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Evaluation:
         """Evaluate on fresh draws, and on fresh minibatches where a plate is subsampled."""
 
-        def elbo(particle: Particle) -> dict[str, Tensor]:
+        def elbo(particle: TracePair) -> dict[str, Tensor]:
             return {"elbo": log_prob_sum(particle.model) - guide_log_prob(particle.guide)}
 
-        if not self.program.structure(args, kwargs).subsamples:
+        if not self.program.spec.subsamples:
             number = ranks.share(self.eval_particles)
-            values = self.program.map_in_chunks(elbo, number, args, kwargs)["elbo"]
+            values = self.program.vmap_in_chunks(elbo, number)["elbo"]
         else:
             # Draws of one minibatch share its noise: the minibatches are what is averaged.
             particles = ranks.share(self.num_particles)
@@ -621,7 +623,7 @@ class FlowSVI:
                 number = min(self.eval_every, _MAX_EVAL_BATCHES)
                 # As epochs, in which the noise of minibatches cancels.
                 draws = self.program.draw(particles, args, kwargs, number)
-                batches = [self.program.map(elbo, draws.step(i), args, kwargs)["elbo"] for i in range(number)]
+                batches = [self.program.vmap_traces(elbo, draws.step(i))["elbo"] for i in range(number)]
                 values = torch.stack([batch.mean() for batch in batches])
         mean = ranks.mean(values.mean())
         variance = ranks.mean((values - mean).square().mean())
@@ -632,7 +634,7 @@ class FlowSVI:
         if math.isfinite(result.elbo) or Ranks().size > 1:
             return result
         with torch.random.fork_rng():
-            reasons = in_words(self.program.without_density(_NUM_SUSPECTS, args, kwargs))
+            reasons = in_words(self.program.without_density(_NUM_SUSPECTS))
         if result.status in (Status.CONVERGED, Status.PLATEAU_NOT_REACHED):
             status, start = Status.PLATEAU_NOT_REACHED, "not converged"
         else:
@@ -642,12 +644,12 @@ class FlowSVI:
     def _blame(self, ranks: Ranks, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Say which sites have no finite density."""
 
-        def broken(particle: Particle) -> dict[str, Tensor]:
+        def broken(particle: TracePair) -> dict[str, Tensor]:
             sites = [site for trace in particle for site in trace.nodes.values() if site["type"] == "sample"]
             guide_log_prob(particle.model), guide_log_prob(particle.guide)
             return {site["name"]: ~torch.as_tensor(site["log_prob_sum"]).isfinite() for site in sites}
 
-        found = self.program.map_in_chunks(broken, self.num_particles, args, kwargs)
+        found = self.program.vmap_in_chunks(broken, self.num_particles)
         broken_here = [name for name, flags in found.items() if bool(flags.any())]
         # A dictionary, for its order: each name once.
         names = list(dict.fromkeys(itertools.chain(*ranks.gather(broken_here)))) or ["the gradient alone"]
@@ -698,7 +700,7 @@ class _Steps:
         while rates.numel() and self._goes_on(values, total, fit, name):
             steps = self.prepare(state, check)
             check = False
-            structure = program.structure(self.args, self.kwargs)
+            structure = program.spec
             noise = max(1, self.particles * structure.noise_dim)
             at_once = max(1, _MAX_NOISE // noise // MAX_UNROLL) * MAX_UNROLL if self.fixed else 1
             # Whole epochs, where there is room: the noise of their minibatches cancels in a block's average.
@@ -721,7 +723,7 @@ class _Steps:
         done = fit.steps + sum(map(len, values))
         return self.watch.report(name, done, fit.schedule.last_step, fit.evaluations[-1].elbo)
 
-    def _some(self, steps: Steps, state: State, rates: Tensor, draws: Draws) -> tuple[State, Tensor]:
+    def _some(self, steps: Steps, state: State, rates: Tensor, draws: Randomness) -> tuple[State, Tensor]:
         """Take steps, in parts between which the watch is looked at: results are the same in whatever parts."""
         if self.execution.ranks.size > 1:
             return steps(state, rates, draws)
@@ -731,7 +733,7 @@ class _Steps:
             begin = time.perf_counter()
             part = slice(done, done + self._pace)
             indices = {name: rows[part] for name, rows in draws.indices.items()}
-            state, elbos = steps(state, rates[part], Draws(draws.noise[part], indices))
+            state, elbos = steps(state, rates[part], Randomness(draws.noise[part], indices))
             values.append(elbos)
             done += len(elbos)
             self._pace = self.watch.num_steps(len(elbos), time.perf_counter() - begin, MAX_UNROLL)
@@ -751,7 +753,7 @@ def _shared(ranks: Ranks, params: Sequence[Tensor]) -> Tensor:
 def _checked_objective(objective: Any) -> ELBO:
     if not isinstance(objective, ELBO):
         raise ValueError(
-            "objective must be one of pyro_nf.objectives, such as ELBO(), or None for that; got "
+            "objective must be one of pyro_nf.inference.elbo, such as ELBO(), or None for that; got "
             f"{type(objective).__module__}.{type(objective).__qualname__}"
         )
     return objective

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_nf.coordinates import LogDensity
-from pyro_nf.noise import running
+from pyro_nf.programs.coordinates import LogDensity
+from pyro_nf.programs.noise import running
 
 # Points that are computed at once: as many as keep each operation's numbers in the processor's cache, within bounds.
 _MAX_POINTS, _MIN_POINTS, _CACHED_NUMBERS = 128, 16, 2**17

@@ -1,16 +1,17 @@
 """A guide and the model that is fitted: one pair, whichever model the guide was made of."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import pyro.poutine as poutine
 import torch
 from torch import Tensor
 
-from pyro_nf.coordinates import LogDensity, model_log_density
-from pyro_nf.density import Density
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import Program, is_latent
+from pyro_nf.approximations.density import Density
+from pyro_nf.programs.coordinates import LogDensity, model_log_density
+from pyro_nf.programs.program import BoundProgram
+from pyro_nf.programs.sites import is_latent
+from pyro_nf.programs.supports import bijection
 
 Site = dict[str, Any]
 
@@ -25,31 +26,26 @@ class HasCoordinates(Protocol):
         """Return the latent sites, as in a trace, in the order in which the vector is cut."""
 
 
-def paired_density(
-    model: Callable[..., Any], guide: HasCoordinates, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Density:
+def paired_density(program: BoundProgram) -> Density:
     """Return the log density of a model over the coordinates of a guide, for many points at once.
 
     Args:
-        model: The Pyro model that is fitted: the guide's own, or another with the same latents, such as
-            `poutine.scale(model, 0.1)`.
-        guide: The guide.
-        args: The model's arguments.
-        kwargs: Its keyword arguments. A subsampled plate has one minibatch.
+        program: The Pyro model that is fitted, the guide's own or another with the same latents, such as
+            `poutine.scale(model, 0.1)`; a guide that `HasCoordinates`; and their arguments. A subsampled plate has one
+            minibatch.
 
     Raises:
         ValueError: If the latents of model and guide are not the same.
     """
-    program = Program(model, guide)
-    indices = program.draw(1, args, kwargs).indices
-    order = check_pair(program, guide, args, kwargs)
-    log_density = model_log_density(model, args, kwargs, indices)
+    indices = program.draw(1).indices
+    order = check_pair(program)
+    log_density = model_log_density(program.model, indices)
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         log_density = _reordered(log_density, order)
-    return Density(log_density, program.num_numbers(args, kwargs))
+    return Density(log_density, program.num_numbers)
 
 
-def check_pair(program: Program, guide: HasCoordinates, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def check_pair(program: BoundProgram) -> Tensor:
     """Check that a guide's latents are those of the program's model, in whatever order.
 
     Returns:
@@ -59,7 +55,8 @@ def check_pair(program: Program, guide: HasCoordinates, args: tuple[Any, ...], k
     Raises:
         ValueError: If names, shapes or supports differ.
     """
-    trace = program.structure(args, kwargs).particle.model
+    trace = program.spec.traces.model
+    guide: HasCoordinates = program.program.guide
     own = guide.latent_sites()
     given = {name: site for name, site in trace.nodes.items() if is_latent(site)}
     differences = [f"the guide has no {name!r}" for name in given if name not in own]

@@ -11,14 +11,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.modes import Starts
 from pyro_nf.diagnostics.weights import WeightSummary, summarise
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.inference.result import Evaluation, FitResult, Stage, Status
 from pyro_nf.inference.watch import Watch
-from pyro_nf.modes import Starts
-from pyro_nf.tracing import Program
-from pyro_nf.waits import Report
+from pyro_nf.interface.waits import Report
+from pyro_nf.programs.program import Program
 
 # A stage is good enough if its divergence from the posterior is below this, in nats, and its effective draws more than
 # this part, by the weights of so many draws. (k-hat scatters, and is high where flat weights have a thin long tail.)

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from pyro.poutine.messenger import _bound_partial, _context_wrap
 from torch import nn
 
-from pyro_nf.arguments import Arguments
+from pyro_nf.interface.arguments import Arguments
+from pyro_nf.programs._pyro import inside_handler
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,12 +54,10 @@ def innermost(
     inner: Any = function
     kwargs = kwargs or {}
     while True:
-        if isinstance(inner, _bound_partial):  # under a handler, as of poutine.condition(model, data)
-            inner = inner.func
-        elif isinstance(inner, partial):
+        if isinstance(inner, partial):
             inner, args, kwargs = inner.func, (*inner.args, *args), {**inner.keywords, **kwargs}
-        elif inner is _context_wrap:
-            inner, args = args[1], args[2:]
+        elif (found := inside_handler(inner, args)) is not None:
+            inner, args = found
         else:
             return inner, args, kwargs
 

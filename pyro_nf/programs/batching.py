@@ -5,7 +5,7 @@ that was written for one draw meets both with operations that they refuse: a dra
 all draws share, `tensor[mask] = number`, `tensor.data`, an `autograd.Function` of the old style, the value of a
 constant as a number. `Batchable` is the mode under which models are run. It has a rule for each of these, gives NaN
 for a draw whose matrix cannot be factorized, where torch would end the run of all draws, and, while
-it lasts, the rewrites of `pyro_nf.rewrites` stand in for the few functions of Pyro and torch that need more than a
+it lasts, the rewrites of `pyro_nf.programs.rewrites` stand in for the few functions of Pyro and torch that need more than a
 rule.
 """
 
@@ -27,8 +27,8 @@ from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-from pyro_nf.factorizations import NEVER_RAISING
-from pyro_nf.rewrites import REWRITES, Rewrite, is_batched
+from pyro_nf.programs.factorizations import NEVER_RAISING
+from pyro_nf.programs.rewrites import REWRITES, Rewrite, is_batched
 
 # What makes a tensor that nobody else holds.
 _MAKERS = {

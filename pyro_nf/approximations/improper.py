@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_nf.coordinates import LogDensity
+from pyro_nf.programs.coordinates import LogDensity
 
 Gradients = Callable[[Tensor], tuple[Tensor, Tensor]]
 

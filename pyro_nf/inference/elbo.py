@@ -11,23 +11,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.arguments import AtLeast, Count, Size, checked
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
 from pyro_nf.distributions import FlowDistribution
-from pyro_nf.matching import warn_of_mismatches
-from pyro_nf.noise import GivenNoise
-from pyro_nf.tracing import (
-    Draws,
-    Particle,
-    Program,
-    guide_log_prob,
-    is_latent,
-    local_log_prob,
-    local_plate,
-    log_prob_sum,
-    score_sites,
-    subsample_scale,
-)
+from pyro_nf.interface.arguments import AtLeast, Count, Size, checked
+from pyro_nf.programs.matching import warn_of_mismatches
+from pyro_nf.programs.noise import SubstituteNormals
+from pyro_nf.programs.program import BoundProgram, Program, Randomness, TracePair
+from pyro_nf.programs.sites import is_latent, local_plate, nonreparam_sites, subsample_scale
+from pyro_nf.programs.traces import guide_log_prob, local_log_prob, log_prob_sum
 
 # Where log p - log q scatters by less than this over draws, in nats, the guide is near: there the path derivative has
 # the lower variance. Far away it has none, and is the dearer one.
@@ -63,7 +54,7 @@ class ELBO(pyro.infer.ELBO):
     Example:
         >>> import pyro
         >>> import pyro.distributions as dist
-        >>> from pyro_nf.objectives import ELBO
+        >>> from pyro_nf.inference.elbo import ELBO
         >>> from pyro.infer import SVI
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
@@ -107,12 +98,10 @@ class ELBO(pyro.infer.ELBO):
     def refresh(self) -> None:
         """Compare what the objective itself has recorded of the model, if anything, with the model as it is now."""
 
-    def estimate(
-        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def estimate(self, program: BoundProgram, draws: Randomness) -> tuple[Tensor, Tensor]:
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
 
-        def terms(particle: Particle) -> dict[str, Tensor]:
+        def terms(particle: TracePair) -> dict[str, Tensor]:
             log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             elbo = (log_p - log_q).detach()
             if self._temperature is not None:
@@ -120,12 +109,12 @@ class ELBO(pyro.infer.ELBO):
             surrogate = log_p - log_q
             if self.path_gradient:
                 # log_q's gradient is the path derivative plus the score; the score goes out again.
-                surrogate = surrogate + guide_log_prob(program.rescored(particle, args, kwargs))
-            names = score_sites(particle.guide)
+                surrogate = surrogate + guide_log_prob(program.guide_at_fixed_draw(particle))
+            names = nonreparam_sites(particle.guide)
             score = {"score": _unscaled_sum(particle.guide, names), "value": (log_p - log_q).detach()} if names else {}
             return {"elbo": elbo, "surrogate": surrogate, "usable": log_p.detach().isfinite(), **score}
 
-        result = program.map(terms, draws, args, kwargs)
+        result = program.vmap_traces(terms, draws)
         surrogate = result["surrogate"]
         if "score" in result:
             surrogate = surrogate + _above_the_others(result["value"]) * result["score"]
@@ -137,10 +126,11 @@ class ELBO(pyro.infer.ELBO):
         """Return minus the objective, with the estimator's gradient."""
         if self._program is None or (self._program.model, self._program.guide) != (model, guide):
             self._program = Program(model, guide)
-            warn_of_mismatches(self._program, args, kwargs)
-        draws = self._program.draw(self.num_particles, args, kwargs)
+            warn_of_mismatches(self._program.bind(*args, **kwargs))
+        pair = self._program.bind(*args, **kwargs)
+        draws = pair.draw(self.num_particles)
         self.start_block(self._step, 0.0, draws.noise)
-        value, surrogate = self.estimate(self._program, draws, args, kwargs)
+        value, surrogate = self.estimate(pair, draws)
         return surrogate.detach() - surrogate - value
 
     def loss(self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any) -> float:
@@ -183,11 +173,9 @@ class CoordinateELBO(ELBO):
         with torch.random.fork_rng():
             self.density.renew(self.posterior().sample((self.density.size,)))
 
-    def estimate(
-        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def estimate(self, program: BoundProgram, draws: Randomness) -> tuple[Tensor, Tensor]:
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
-        with GivenNoise(draws.noise.flatten(), draws.noise.new_zeros(())), pyro.validation_enabled(False):
+        with SubstituteNormals(draws.noise.flatten(), draws.noise.new_zeros(())), pyro.validation_enabled(False):
             points, log_q, score = self.posterior().rsample_and_score((len(draws.noise),))
         gradients, log_p = self.density.batch(len(points))(points.detach())
         usable = log_p.isfinite()
@@ -227,7 +215,7 @@ class WarmUpELBO(ELBO):
     Example:
         >>> import pyro
         >>> import pyro.distributions as dist
-        >>> from pyro_nf.objectives import WarmUpELBO
+        >>> from pyro_nf.inference.elbo import WarmUpELBO
         >>> from pyro.infer import SVI
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
@@ -249,17 +237,15 @@ class WarmUpELBO(ELBO):
         super().__init__(num_particles, sticking_the_landing, annealing_steps=warmup_steps)
         self.free_bits = free_bits
 
-    def estimate(
-        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def estimate(self, program: BoundProgram, draws: Randomness) -> tuple[Tensor, Tensor]:
         """Return the ELBO's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
-        structure = program.structure(args, kwargs)
-        if names := score_sites(structure.particle.guide):
+        spec = program.spec
+        if names := nonreparam_sites(spec.traces.guide):
             raise ValueError(
                 f"WarmUpELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient"
             )
-        latents = [name for name, site in structure.particle.model.nodes.items() if is_latent(site)]
-        guide_sites = structure.particle.guide.nodes
+        latents = [name for name, site in spec.traces.model.nodes.items() if is_latent(site)]
+        guide_sites = spec.traces.guide.nodes
         # A Delta is the image of a draw that it shares with other sites.
         own = [name for name in latents if not isinstance(guide_sites[name]["fn"], dist.Delta)]
 
@@ -268,20 +254,20 @@ class WarmUpELBO(ELBO):
             alone = [torch.as_tensor(trace.nodes[name]["log_prob_sum"]) for name in own]
             return torch.stack([*alone, total - sum(alone)])
 
-        def terms(particle: Particle) -> dict[str, Tensor]:
+        def terms(particle: TracePair) -> dict[str, Tensor]:
             log_p, log_q = log_prob_sum(particle.model), guide_log_prob(particle.guide)
             prior = torch.stack([torch.as_tensor(particle.model.nodes[n]["log_prob_sum"]) for n in latents]).sum()
             kl = grouped(log_q, particle.guide) - grouped(prior, particle.model)
             result = {"elbo": (log_p - log_q).detach(), "likelihood": log_p - prior, "kl": kl, "value": kl.detach()}
             if self.path_gradient:
-                again = program.rescored(particle, args, kwargs)
+                again = program.guide_at_fixed_draw(particle)
                 result["kl"] = kl - grouped(guide_log_prob(again), again)
             return result
 
-        result = {name: value.mean(0) for name, value in program.map(terms, draws, args, kwargs).items()}
+        result = {name: value.mean(0) for name, value in program.vmap_traces(terms, draws).items()}
         divergence = result["kl"].sum()
         if self.free_bits:
-            plate = local_plate(structure.particle)
+            plate = local_plate(spec.traces.model)
             size = 1 if plate is None else plate.full_size or plate.size
             divergence = torch.where(result["value"] > size * self.free_bits, result["kl"], 0.0).sum()
         if self._temperature is not None:
@@ -316,36 +302,34 @@ class IWELBO(ELBO):
         super().__init__(num_particles=num_particles)
         self.num_importance_samples = num_importance_samples
 
-    def estimate(
-        self, program: Program, draws: Draws, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+    def estimate(self, program: BoundProgram, draws: Randomness) -> tuple[Tensor, Tensor]:
         """Return the bound's estimate (to report) and its surrogate (whose gradient is the estimator's)."""
         num_draws, size = len(draws.noise), self.num_importance_samples
         if num_draws % size:
             raise ValueError(f"num_particles must be a multiple of num_importance_samples={size}; got {num_draws}")
-        structure = program.structure(args, kwargs)
-        if names := score_sites(structure.particle.guide):
+        spec = program.spec
+        if names := nonreparam_sites(spec.traces.guide):
             raise ValueError(f"IWELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient")
-        plate = local_plate(structure.particle)
-        if plate is None and structure.subsamples:
-            name = next(iter(structure.subsamples))
+        plate = local_plate(spec.traces.model)
+        if plate is None and spec.subsamples:
+            name = next(iter(spec.subsamples))
             raise ValueError(
                 f"IWELBO weighs draws by all the data: plate {name!r} may be subsampled only if every site stands in it"
             )
         scale = 1.0 if plate is None else subsample_scale(plate)
-        has_parameters = any(_is_trained(site) for site in structure.particle.model.nodes.values())
+        has_parameters = any(_is_trained(site) for site in spec.traces.model.nodes.values())
 
         log_p, log_q = (log_prob_sum, guide_log_prob) if plate is None else (local_log_prob, local_log_prob)
 
-        def terms(particle: Particle) -> dict[str, Tensor]:
+        def terms(particle: TracePair) -> dict[str, Tensor]:
             log_w = log_p(particle.model) - log_q(particle.guide)
-            path = log_w + log_q(program.rescored(particle, args, kwargs))
-            own = {"own": log_p(program.remodelled(particle, args, kwargs))} if has_parameters else {}
+            path = log_w + log_q(program.guide_at_fixed_draw(particle))
+            own = {"own": log_p(program.model_at_fixed_draw(particle))} if has_parameters else {}
             return {"log_w": log_w.detach(), "path": path, **own}
 
         result = {
             name: value.unflatten(0, (num_draws // size, size))
-            for name, value in program.map(terms, draws, args, kwargs).items()
+            for name, value in program.vmap_traces(terms, draws).items()
         }
         share = result["log_w"].softmax(1)
         surrogate = share.square() * result["path"]

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_nf.density import Density
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.gaussian import cut
 from pyro_nf.flows import Triangular
-from pyro_nf.normals import cut
-from pyro_nf.waits import Report, silent
+from pyro_nf.interface.waits import Report, silent
 
 # Draws of a step; steps at the full rate, and steps whose rates fall, which average; draws that set the order.
 _NUM_DRAWS, _NUM_STEPS, _NUM_AVERAGED, _RATE, _NUM_ORDER = 256, 15, 15, 0.5, 2048

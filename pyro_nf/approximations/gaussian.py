@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_nf.density import Density
-from pyro_nf.modes import cholesky_of
-from pyro_nf.waits import Report, silent
+from pyro_nf.approximations.density import Density
+from pyro_nf.approximations.modes import cholesky_of
+from pyro_nf.interface.waits import Report, silent
 
 # Draws of a step, in pairs of opposite sign, more where there are many coordinates; steps at the full rate, and steps
 # whose rates fall, which average.

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_nf.noise import SharedSubsamples, running
-from pyro_nf.supports import bijection
-from pyro_nf.tracing import fill_masked, is_latent, log_prob_sum
+from pyro_nf.programs._pyro import is_subsample
+from pyro_nf.programs.noise import SharedSubsamples, running
+from pyro_nf.programs.sites import is_latent
+from pyro_nf.programs.supports import bijection
+from pyro_nf.programs.traces import fill_masked, log_prob_sum
 
 LogDensity = Callable[[Tensor], Tensor]
 """`(dim,) -> ()`, over a model's coordinates."""
@@ -45,22 +46,18 @@ def names_of(sites: Mapping[str, dict[str, Any]]) -> list[str]:
     return names
 
 
-def model_log_density(
-    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: dict[str, Tensor] | None = None
-) -> LogDensity:
+def model_log_density(model: Callable[[], Any], indices: dict[str, Tensor] | None = None) -> LogDensity:
     r"""Return `log p(x, z(u)) + log|det dz/du|` as a function of the coordinates u.
 
     Args:
-        model: The Pyro model.
-        args: Its arguments.
-        kwargs: Its keyword arguments.
-        indices: Those of subsampled plates, as `Program.draw` gives them.
+        model: The Pyro model with its arguments, as `BoundProgram.model`.
+        indices: Those of subsampled plates, as `BoundProgram.draw` gives them.
     """
 
     def log_density(point: Tensor) -> Tensor:
         place = _AtPoint(point)
         with running(fixed=True), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
-            model(*args, **kwargs)
+            model()
         return place.log_det + log_prob_sum(fill_masked(capture.trace), has_coordinates=True)
 
     return log_density
@@ -78,7 +75,7 @@ class _AtPoint(Messenger):
         self.point, self.used, self.log_det = point, 0, point.new_zeros(())
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or msg["done"] or isinstance(msg["fn"], _Subsample):
+        if msg["is_observed"] or msg["done"] or is_subsample(msg):
             return
         to_support = bijection(msg)
         shape = to_support.inverse_shape(msg["fn"].shape())

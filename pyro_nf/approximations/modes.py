@@ -10,9 +10,9 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyro_nf.density import Ask, Density, Together
+from pyro_nf.approximations.density import Ask, Density, Together
 from pyro_nf.distributions import FlowDistribution
-from pyro_nf.waits import Report, silent
+from pyro_nf.interface.waits import Report, silent
 
 # Starting points lie in this cube, as Stan's do.
 _RADIUS = 2.0

@@ -8,10 +8,10 @@ from typing import Any
 import pyro
 import torch
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_nf.batching import Batchable, batchable
+from pyro_nf.programs._pyro import is_subsample
+from pyro_nf.programs.batching import Batchable, batchable
 
 _IN_PLACE_DRAWS = {
     getattr(Tensor, name) for name in ("bernoulli_", "cauchy_", "exponential_", "geometric_", "log_normal_", "uniform_")
@@ -55,7 +55,7 @@ class CountedNoise(Batchable):
         return result
 
 
-class GivenNoise(Batchable):
+class SubstituteNormals(Batchable):
     """Let what draws normals take these, and let other draws differ between the particles of a `vmap`.
 
     Args:
@@ -117,7 +117,7 @@ class SharedSubsamples(Messenger):
         self.indices = indices
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["name"] in self.indices and isinstance(msg["fn"], _Subsample):
+        if msg["name"] in self.indices and is_subsample(msg):
             msg["value"] = self.indices[msg["name"]].to(msg["fn"].device)
             msg["done"] = True
 
