@@ -1,6 +1,5 @@
 """AutoFlow: the drop-in guide, a flow over all latents of a model."""
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
@@ -10,26 +9,23 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, AutoGuide, init_to_feasible
-from pyro.poutine.indep_messenger import IndepMessenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from pyro_nf.approximations.approximation import Approximation, start_at_modes
 from pyro_nf.approximations.density import Density
-from pyro_nf.approximations.gaussian import nearest_normal
-from pyro_nf.approximations.modes import Starts, find_starts, normal_elbo, starting_points
+from pyro_nf.approximations.modes import Starts
 from pyro_nf.approximations.pairs import paired_density
-from pyro_nf.approximations.transport import nearest_triangular
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
-from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, stacks
-from pyro_nf.guides.bases import BaseLike, NormalBase, check_base, make_base
+from pyro_nf.distributions.bases import BaseLike, check_base, make_base
+from pyro_nf.distributions.mixture import MixtureBase
+from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, WhitenedAffine, stacks
 from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, is_inside
-from pyro_nf.guides.framed import Framed
 from pyro_nf.guides.latents import check_latents
-from pyro_nf.guides.mixture import MixtureBase
 from pyro_nf.interface.arguments import check_number, check_whole_number, unpacked
-from pyro_nf.interface.waits import Report, silent
+from pyro_nf.programs._pyro import num_plate_elements
 from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.program import Program
 from pyro_nf.programs.supports import bijection
 
 # Up to here a full matrix (dim^2 / 2 parameters) is cheap beside the model; beyond, scales without correlations.
@@ -102,7 +98,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         self._make_base = partial(make_base, base)
         self._init_scale = init_scale
         self._outdated = False
-        self._affine_alone = False
+        self._has_network = True
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site, in the model's plates."""
@@ -147,7 +143,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         if "flow" in self._modules:
             return
         inner = self._make_flow(self.latent_dim)
-        affine = Framed if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
+        affine = WhitenedAffine if self.latent_dim <= _FULL_RANK_DIM else ElementwiseAffine
         outer = affine(self.latent_dim, loc=loc, scale=self._init_scale)
         self._take(flow=Sequential(inner.to(loc), outer), base=self._make_base(self.latent_dim).to(loc))
 
@@ -174,7 +170,9 @@ class AutoFlow(FlowGuide, AutoContinuous):
         args, kwargs = unpacked(args, kwargs)
         self._ensure_prototype(*args, **kwargs)
         self._check_size()  # before the work of a density
-        return self.start_at_modes(self.density(*args, **kwargs), num_starts)
+        starts, found = start_at_modes(self.approximation(), self.density(*args, **kwargs), num_starts)
+        self.take_over(found)
+        return starts
 
     def _check_size(self) -> None:
         if self.latent_dim > _FULL_RANK_DIM:
@@ -182,31 +180,6 @@ class AutoFlow(FlowGuide, AutoContinuous):
                 f"warm_start takes up to {_FULL_RANK_DIM} coordinates, for it needs their whole Hessian; "
                 f"the model has {self.latent_dim}"
             )
-
-    @torch.no_grad()
-    def start_at_modes(self, density: Density, num_starts: int, report: Report = silent) -> Starts:
-        """`warm_start` on the modes of a given density over the coordinates, such as `density` returns.
-
-        Args:
-            density: The density.
-            num_starts: As in `warm_start`.
-            report: Is told after each evaluation; false ends the climbs where they are.
-
-        Raises:
-            ValueError: If there are more than 1,000 coordinates.
-        """
-        self._check_size()
-        affine: Any = self.flow.flows[-1]
-        here, _ = affine.as_matrix()
-        points = torch.cat([here[None], starting_points(num_starts - 1, here)])
-        starts = find_starts(density, self.get_posterior(), points, report)
-        if starts.modes:
-            best = starts.modes[0]
-            affine.assign(best.loc, best.scale_tril)
-            if isinstance(self.base, MixtureBase):
-                self.base.assign(starts.modes, starts.shares)
-        self._keep()
-        return starts
 
     def density(self, *args: Any, **kwargs: Any) -> Density:
         """Return the log density of the guide's own model over the unconstrained coordinates, for many points at once.
@@ -217,96 +190,40 @@ class AutoFlow(FlowGuide, AutoContinuous):
             *args: The model's arguments.
             **kwargs: The model's keyword arguments. A subsampled plate has one minibatch.
         """
-        return paired_density(self._plain_model[0], self, args, kwargs)
+        return paired_density(Program(self._plain_model[0], self).bind(*args, **kwargs))
+
+    @property
+    def network(self) -> Flow:
+        """The flow before the affine layer."""
+        return self.flow.flows[0]  # type: ignore[no-any-return]
+
+    @property
+    def affine(self) -> Any:
+        """The outer layer: a `WhitenedAffine`, or an `ElementwiseAffine` of more than 1,000 coordinates."""
+        return self.flow.flows[-1]
+
+    def approximation(self) -> Approximation:
+        """Return what the guide is now, as a value: what changes the guide later does not change this."""
+        self._check_ready()
+        return Approximation(self.base, self.network, self.affine, self._has_network).copy()
+
+    @torch.no_grad()
+    def take_over(self, approximation: Approximation) -> None:
+        """Become this approximation, of the same kind of base and layers as `approximation` returns.
+
+        Without its network the guide draws from the base and the affine layer alone, until it takes over another one.
+        """
+        self._check_ready()
+        self.base.load_state_dict(approximation.base.state_dict())
+        self.network.load_state_dict(approximation.network.state_dict())
+        self.affine.load_state_dict(approximation.affine.state_dict())
+        self._has_network = approximation.has_network
+        self._keep()
 
     def latent_sites(self) -> dict[str, dict[str, Any]]:
         """Return the latent sites, as in a trace of the guide's own model, in the order of the coordinates."""
         self._check_ready()
         return dict(self.prototype_trace.iter_stochastic_nodes())
-
-    @torch.no_grad()
-    def fit_normal(self, density: Density, num_starts: int, report: Report = silent) -> tuple[Starts, Tensor]:
-        """Fit the affine layer alone: the normal that is nearest to the posterior, from the best of several modes.
-
-        A mixture stays on the modes.
-
-        Args:
-            density: The model's, of `density`.
-            num_starts: As in `warm_start`, which comes first.
-            report: Is told the ELBO on the way; false ends the fit with what there is.
-
-        Returns:
-            What the warm start found, and the ELBO at each step.
-        """
-        affine: Any = self.flow.flows[-1]
-        candidates = [affine.as_matrix()]
-        starts = self.start_at_modes(density, num_starts, report)
-        if starts.modes and isinstance(self.base, MixtureBase):
-            return starts, torch.tensor([starts.modes[0].elbo])
-        if starts.modes:
-            best = starts.modes[0]
-            # The neck of a funnel, which is no mode, may be a worse start than none.
-            candidates = [(best.loc, best.scale_tril), *(() if best.converged else candidates)]
-        found = [nearest_normal(density, loc, scale_tril, report) for loc, scale_tril in candidates]
-        loc, scale_tril, elbos = max(found, key=lambda normal: normal_elbo(density, *normal[:2]))
-        affine.assign(loc, scale_tril)
-        return starts, elbos
-
-    @torch.no_grad()
-    def fit_curve(self, density: Density, report: Report = silent) -> Tensor:
-        """Curve the normal that `fit_normal` left: give it the skewness, scales and bends of the posterior.
-
-        Args:
-            density: The model's, of `density`.
-            report: Is told the ELBO on the way; false ends the fit with what there is.
-
-        Returns:
-            The ELBO at each step.
-        """
-        affine: Any = self.flow.flows[-1]
-        loc, scale_tril = affine.as_matrix()
-        curve, elbos = nearest_triangular(density, loc, scale_tril, affine.curve.bends, report)
-        affine.assign(loc, scale_tril, curve)
-        return elbos
-
-    def widen(self, share: float) -> bool:
-        """Let this share of the base's draws be wider, and return whether that base can have such: a normal can."""
-        if isinstance(self.base, NormalBase):
-            self.base.widen(share)
-            self._keep()
-        return isinstance(self.base, NormalBase)
-
-    @torch.no_grad()
-    def stages(self, *args: Any, **kwargs: Any) -> Iterator[str]:
-        """Go through the stages of a fit that needs no tuning; `FlowSVI` takes as many as the posterior needs.
-
-        "normal" leaves the flow out, which still is the identity: `fit_normal` fits it. So do "curve", `fit_curve`, up
-        to 100 coordinates, and "affine", for a base that has parameters of its own. "flow" has all of it, in
-        coordinates in which the posterior found so far, without the curve, is the base; "flow, longer" goes on. There
-        are none for a guide that was fitted before, or has more than 1,000 coordinates.
-
-        Args:
-            *args: The model's arguments.
-            **kwargs: The model's keyword arguments.
-        """
-        self._ensure_prototype(*args, **kwargs)
-        inner, affine = self.flow.flows
-        points = self.get_base_dist().sample((10,))
-        if self.latent_dim > _FULL_RANK_DIM or not torch.equal(inner(points), points):
-            return
-        self._affine_alone = True
-        try:
-            yield "normal"
-            if list(self.base.parameters()):
-                yield "affine"
-            elif affine.curve is not None:
-                yield "curve"
-        finally:
-            self._affine_alone = False
-            self._keep()
-        affine.reframe()
-        yield "flow"
-        yield "flow, longer"
 
     def _initial_values(self) -> Iterator[tuple[str, Tensor]]:
         """Yield each site's name and its initial value on the real line."""
@@ -348,9 +265,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
         """Return the flow from the base to the unconstrained latents, affine layer included."""
         self._check_ready()
         # NeuTraReparam adds the log-determinant to the first site's density, once for each element of its plates.
-        elements = math.prod(
-            m.size for m in _PYRO_STACK if isinstance(m, IndepMessenger) and m._vectorized is not False
-        )
+        elements = num_plate_elements()
         return self.flow if elements == 1 else _Shared(self.flow, elements)
 
     def get_posterior(self, *args: Any, **kwargs: Any) -> FlowDistribution:
@@ -359,9 +274,7 @@ class AutoFlow(FlowGuide, AutoContinuous):
 
     @property
     def _active_flow(self) -> Flow:
-        whole: Any = self.flow
-        active: Flow = whole.flows[-1] if self._affine_alone else whole
-        return active
+        return self.flow if self._has_network else self.affine  # type: ignore[no-any-return]
 
     def sample_latent(self, *args: Any, **kwargs: Any) -> Tensor:
         """Sample the coordinates, as one auxiliary site."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
+from pyro_nf.programs._pyro import subsampled
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_data, is_latent
 
@@ -208,8 +208,8 @@ def _explain_sizes(trace: poutine.Trace, values: tuple[Any, ...], error: Excepti
     rows = [len(value) for value in values if isinstance(value, Tensor) and value.dim() > 0]
     for name, site in trace.nodes.items():
         fn = site.get("fn")
-        subsampled = isinstance(fn, _Subsample) and fn.subsample_size not in (None, fn.size)
-        if subsampled and rows and fn.size not in rows:
+        is_part = subsampled(site) is not None
+        if is_part and rows and fn.size not in rows:
             raise ValueError(
                 f"args hold data of {' and '.join(map(str, rows))} rows, on which the model fails: its plate {name!r} "
                 f"has size {fn.size} and subsample_size {fn.subsample_size}. Pass all {fn.size} rows, for the model to "

@@ -22,6 +22,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pyro_nf.programs._pyro import SEPARATOR
+
 # The guide that has each name, and the tensors that guides put into a store, by their `id`.
 _GUIDES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _OURS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
@@ -184,7 +186,11 @@ def _loaded(kind: str, params: dict[str, Tensor]) -> dict[str, dict[str, Tensor]
     found: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, value in params.items():
         root, _, key = name.partition(".")
-        if "$$$" in key and not _is_ours(value) and (_ROOT.fullmatch(root) or re.fullmatch(rf"{kind}(_\d+)?", root)):
+        if (
+            SEPARATOR in key
+            and not _is_ours(value)
+            and (_ROOT.fullmatch(root) or re.fullmatch(rf"{kind}(_\d+)?", root))
+        ):
             found[root][key] = value
     return dict(found)
 

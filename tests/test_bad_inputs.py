@@ -150,7 +150,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flows.Split": (flows.Split, {"flow": flows.Channelwise(flows.Diagonal(2), 2, 2), "channels": 2}),
     "flows.Squeezed": (flows.Squeezed, {"flow": flows.Channelwise(flows.Diagonal(4), 2, 2)}),
     "flows.Sylvester": (flows.Sylvester, {"dim": 3, "num_units": None, "basis": "orthogonal", "num_reflections": None}),
-    "flows.Triangular": (flows.Triangular, {"dim": 3, "bends": True}),
+    "flows.QuadraticTriangularMap": (flows.QuadraticTriangularMap, {"dim": 3, "quadratic": True}),
     "flows.BatchNorm": (flows.BatchNorm, {"dim": 3, "momentum": 0.1, "eps": 1e-5}),
     "flows.Affine": (flows.Affine, {"bound": 5.0}),
     "flows.Gated": (flows.Gated, {"forget_bias": 2.0, "bound": 5.0}),

@@ -8,19 +8,19 @@ import torch
 from pyro_nf.approximations.density import Density
 from pyro_nf.approximations.gaussian import nearest_normal
 from pyro_nf.approximations.transport import _metric, _order, nearest_triangular
-from pyro_nf.flows import Triangular
+from pyro_nf.flows import QuadraticTriangularMap
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def gaps(log_density, dim, log_evidence, bends=True):
+def gaps(log_density, dim, log_evidence, quadratic=True):
     """Divergences of the nearest normal, and of the nearest map of one, from 20,000 draws."""
     density = Density(log_density)
     loc, scale_tril, _ = nearest_normal(density, torch.zeros(dim), torch.eye(dim))
-    curve, _ = nearest_triangular(density, loc, scale_tril, bends=bends)
+    curve, _ = nearest_triangular(density, loc, scale_tril, quadratic=quadratic)
     found = []
     with torch.no_grad():
-        for flow in (Triangular(dim), curve):
+        for flow in (QuadraticTriangularMap(dim), curve):
             z = torch.randn(20_000, dim)
             w, log_det = flow.forward_and_log_det(z)
             log_q = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1) - log_det - scale_tril.diagonal().log().sum()
@@ -38,7 +38,7 @@ def test_skewness_of_the_logarithm_of_a_gamma():
 
 def test_the_metric_is_the_second_derivative_of_the_divergence_and_diagonal():
     torch.manual_seed(4)
-    curve, half = Triangular(3), torch.randn(100_000, 3)
+    curve, half = QuadraticTriangularMap(3), torch.randn(100_000, 3)
     z = torch.cat([half, -half])
     names, starts = zip(*curve.params.named_parameters(), strict=True)
     shapes = [start.shape for start in starts]
@@ -75,7 +75,7 @@ def test_scales_that_follow_the_last_coordinate_of_a_regression():
         return normal + 20 * math.log(20.0) - math.lgamma(20.0) - 20 * v - 20 * (-v).exp()
 
     normal, curved = gaps(log_density, 7, 0.0)
-    straight = gaps(log_density, 7, 0.0, bends=False)[1]
+    straight = gaps(log_density, 7, 0.0, quadratic=False)[1]
     assert normal > 0.05
     assert curved < 0.005
     assert straight < 0.005

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_nf.approximations.density import Density
 from pyro_nf.programs.coordinates import LogDensity, model_log_density
-from pyro_nf.programs.program import BoundProgram
+from pyro_nf.programs.program import BoundProgram, Program
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
 
@@ -37,6 +37,8 @@ def paired_density(program: BoundProgram) -> Density:
     Raises:
         ValueError: If the latents of model and guide are not the same.
     """
+    # A first run of its own: the draws that it takes belong to what a seed stands for.
+    program = Program(program.program.model, program.program.guide).bind(*program.args, **program.kwargs)
     indices = program.draw(1).indices
     order = check_pair(program)
     log_density = model_log_density(program.model, indices)
@@ -56,7 +58,7 @@ def check_pair(program: BoundProgram) -> Tensor:
         ValueError: If names, shapes or supports differ.
     """
     trace = program.spec.traces.model
-    guide: HasCoordinates = program.program.guide
+    guide: Any = program.program.guide  # which `HasCoordinates`
     own = guide.latent_sites()
     given = {name: site for name, site in trace.nodes.items() if is_latent(site)}
     differences = [f"the guide has no {name!r}" for name in given if name not in own]

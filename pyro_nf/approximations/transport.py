@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyro_nf.approximations.density import Density
 from pyro_nf.approximations.gaussian import cut
-from pyro_nf.flows import Triangular
+from pyro_nf.flows import QuadraticTriangularMap
 from pyro_nf.interface.waits import Report, silent
 
 # Draws of a step; steps at the full rate, and steps whose rates fall, which average; draws that set the order.
@@ -23,8 +23,8 @@ _SKEW_METRIC = 0.5096
 
 @torch.no_grad()
 def nearest_triangular(
-    density: Density, loc: Tensor, scale_tril: Tensor, bends: bool = True, report: Report = silent
-) -> tuple[Triangular, Tensor]:
+    density: Density, loc: Tensor, scale_tril: Tensor, quadratic: bool = True, report: Report = silent
+) -> tuple[QuadraticTriangularMap, Tensor]:
     r"""Fit `y = m + L c(z)`, z standard normal, to a density: the map c, beginning at the identity.
 
     A step is one of the path gradient of the ELBO, `E[(d log p / dw - d log q / dw) dw / d theta]`, `w = c(z)`, divided
@@ -35,7 +35,7 @@ def nearest_triangular(
         density: The model's.
         loc: m, `(dim,)`: as of `nearest_normal`.
         scale_tril: L, `(dim, dim)`.
-        bends: Whether the map has them.
+        quadratic: Whether the map has products of two coordinates.
         report: Is told the ELBO after each step; false ends the steps.
 
     Returns:
@@ -45,24 +45,24 @@ def nearest_triangular(
         Marzouk, Moselhy, Parno, Spantini (2016), "An introduction to sampling via measure transport",
         arXiv:1602.05023; Vaitl, Nicoli, Nakajima, Kessel (2022), "Gradients should stay on path", arXiv:2207.08219.
     """
-    curve = Triangular(len(loc), bends=bends).to(loc)
-    curve.set_order(_order(density, loc, scale_tril))
-    names, params = zip(*curve.params.named_parameters(), strict=True)
+    transport_map = QuadraticTriangularMap(len(loc), quadratic=quadratic).to(loc)
+    transport_map.set_order(_order(density, loc, scale_tril))
+    names, params = zip(*transport_map.params.named_parameters(), strict=True)
     elbos = []
     for step in range(_NUM_STEPS + _NUM_AVERAGED):
         rate = _RATE if step < _NUM_STEPS else 1 / (step - _NUM_STEPS + 1 / _RATE)
         z = _pairs_of_draws(_NUM_DRAWS, loc)
         with torch.enable_grad():
-            w, log_det, score = curve.forward_with_score(z, -z)
+            w, log_det, score = transport_map.forward_with_score(z, -z)
         gradients, values = density.gradients(loc + w.detach() @ scale_tril.mT)
         log_q = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1) - log_det - scale_tril.diagonal().log().sum()
         elbos.append((values - log_q).mean())
         # In units of each coordinate's scale, which may be much smaller than the whole posterior's.
-        scale = curve.params.log_scale.exp().index_select(0, curve.ranks)
+        scale = transport_map.params.log_scale.exp().index_select(0, transport_map.ranks)
         residual = cut((gradients @ scale_tril - score) * scale, values, _MAX_RESIDUAL) / scale
         with torch.enable_grad():
             slopes = torch.autograd.grad((w * residual).sum() / len(z), params)
-        metric = _metric(curve)
+        metric = _metric(transport_map)
         moves = [rate * slope / metric[name] for name, slope in zip(names, slopes, strict=True)]
         length = torch.stack([(metric[name] * move**2).sum() for name, move in zip(names, moves, strict=True)]).sum()
         shorter = (_MAX_MOVE / length.sqrt()).clamp(max=1)
@@ -70,15 +70,15 @@ def nearest_triangular(
             param += shorter * move
         if not report("natural gradients", step + 1, _NUM_STEPS + _NUM_AVERAGED, float(elbos[-1])):
             break
-    return curve, torch.stack(elbos)
+    return transport_map, torch.stack(elbos)
 
 
-def _metric(curve: Triangular) -> dict[str, Tensor]:
+def _metric(transport_map: QuadraticTriangularMap) -> dict[str, Tensor]:
     """Second derivatives of the divergence by each parameter, where the posterior is normal and the rest the identity.
 
     They are the mean square of what a parameter moves in z, and for those of scales once more that of the slope.
     """
-    log_scale: Any = curve.params.log_scale
+    log_scale: Any = transport_map.params.log_scale
     precision = (-2 * log_scale).exp()
     twice = torch.full_like(precision, 2.0)
     rows, _ = torch.tril_indices(len(precision), len(precision), -1, device=precision.device)
@@ -87,11 +87,11 @@ def _metric(curve: Triangular) -> dict[str, Tensor]:
         "log_scale": twice,
         "skew": torch.full_like(precision, _SKEW_METRIC),
         "shear": precision[rows],
-        "drive": twice.new_full(rows.shape, 2.0),
+        "log_scale_slope": twice.new_full(rows.shape, 2.0),
     }
-    if curve.bends:
-        first, second, third = curve.entries
-        metric["bend"] = precision[first] * torch.where(second == third, 2.0, 1.0)
+    if transport_map.quadratic:
+        first, second, third = transport_map.entries
+        metric["quadratic"] = precision[first] * torch.where(second == third, 2.0, 1.0)
     return metric
 
 

@@ -1,6 +1,7 @@
 """Fits of one model side by side."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import pandas as pd

@@ -27,7 +27,8 @@ from pyro_nf.flows.transformers import (
     RationalQuadraticSpline,
     Transformer,
 )
-from pyro_nf.flows.triangular import Triangular
+from pyro_nf.flows.triangular import QuadraticTriangularMap
+from pyro_nf.flows.whitened import WhitenedAffine
 
 __all__ = [
     "ActNorm",
@@ -57,6 +58,7 @@ __all__ = [
     "Paced",
     "Permutation",
     "Planar",
+    "QuadraticTriangularMap",
     "Radial",
     "RationalQuadraticSpline",
     "Rotation",
@@ -67,7 +69,7 @@ __all__ = [
     "Sylvester",
     "SymmetricConvolution",
     "Transformer",
-    "Triangular",
+    "WhitenedAffine",
     "initialize",
     "multiscale",
     "random_orthogonal",

@@ -29,11 +29,11 @@ class _Moved(NamedTuple):
     bent: Tensor
     scaled: Tensor
     raw_scale: Tensor
-    bend_x: Tensor | None
+    quadratic_x: Tensor | None
 
 
-class Triangular(Flow):
-    r"""Triangular transport map of second order: skewness, scales that follow other coordinates, and bends.
+class QuadraticTriangularMap(Flow):
+    r"""Triangular transport map of second order: skewness, scales that follow other coordinates, and products of two.
 
     In the order of `order`, each coordinate is moved, scaled and skewed by those before it:
 
@@ -47,13 +47,13 @@ class Triangular(Flow):
     Every density near a normal is, to first order in its third derivatives, such a map of one, in any order of the
     coordinates. Where that is not all, the order tells a funnel, whose scales follow a coordinate, from a banana.
 
-    Forward costs O(dim^3) with bends and O(dim^2) without; the inverse as much, one coordinate after another. At first
-    it is the identity.
+    Forward costs O(dim^3) with products and O(dim^2) without; the inverse as much, one coordinate after another. At
+    first it is the identity.
 
     Args:
         dim: Number of coordinates.
         context_dim: Width of the context; 0 for none.
-        bends: Whether to have B, of some dim^3 / 6 entries.
+        quadratic: Whether to have B, the products of two coordinates, of some dim^3 / 6 entries.
 
     Attributes:
         order: Which coordinate comes first, which second, and so on, `(dim,)`; see `set_order`.
@@ -64,8 +64,8 @@ class Triangular(Flow):
 
     Example:
         >>> import torch
-        >>> from pyro_nf.flows import Triangular
-        >>> Triangular(2)(torch.ones(2))
+        >>> from pyro_nf.flows import QuadraticTriangularMap
+        >>> QuadraticTriangularMap(2)(torch.ones(2))
         tensor([1., 1.], grad_fn=<IndexSelectBackward0>)
     """
 
@@ -76,12 +76,12 @@ class Triangular(Flow):
     triples: Tensor
 
     @checked
-    def __init__(self, dim: Size, context_dim: Count = 0, *, bends: bool = True) -> None:
+    def __init__(self, dim: Size, context_dim: Count = 0, *, quadratic: bool = True) -> None:
         super().__init__((dim,), context_dim)
         zeros, pairs = torch.zeros(dim), torch.zeros(dim * (dim - 1) // 2)
-        initial = {"loc": zeros, "log_scale": zeros, "skew": zeros, "shear": pairs, "drive": pairs}
+        initial = {"loc": zeros, "log_scale": zeros, "skew": zeros, "shear": pairs, "log_scale_slope": pairs}
         self.register_buffer("pairs", strictly_lower_index(dim, len(pairs)), persistent=False)
-        if bends:
+        if quadratic:
             # Each product of two coordinates once: third <= second < first.
             first, second, third = torch.meshgrid(*3 * [torch.arange(dim)], indexing="ij")
             is_entry = (third <= second) & (second < first)
@@ -90,8 +90,8 @@ class Triangular(Flow):
             index[tuple(entries)] = torch.arange(entries.shape[1])
             self.register_buffer("entries", entries, persistent=False)
             self.register_buffer("triples", index, persistent=False)
-            initial["bend"] = torch.zeros(entries.shape[1])
-        self.bends = bends
+            initial["quadratic"] = torch.zeros(entries.shape[1])
+        self.quadratic = quadratic
         self.params = ContextParameters(initial, context_dim)
         self.register_buffer("order", torch.arange(dim))
         self.register_buffer("ranks", torch.arange(dim))
@@ -108,16 +108,16 @@ class Triangular(Flow):
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return `x`, found coordinate after coordinate, and its log-determinant."""
-        loc, log_scale, skew, shear, drive, bend = self._unpack(context)
+        loc, log_scale, skew, shear, log_scale_slope, quadratic = self._unpack(context)
         y = y.index_select(-1, self.order)
         x, log_det = y[..., :0], torch.zeros((), dtype=y.dtype, device=y.device)
         for k in range(y.shape[-1]):
             near = _near(x)
             move = loc[..., k] + (shear[..., k, :k] * x).sum(-1)
-            if bend is not None:
-                part = bend[..., k, :k, :k]
+            if quadratic is not None:
+                part = quadratic[..., k, :k, :k]
                 move = move + (_apply(part, near) * near).sum(-1) - _trace(part)
-            log_scale_k = _near(log_scale[..., k] + (drive[..., k, :k] * near).sum(-1))
+            log_scale_k = _near(log_scale[..., k] + (log_scale_slope[..., k, :k] * near).sum(-1))
             skewed = (y[..., k] - move) * (-log_scale_k).exp()
             bent = torch.asinh(skewed + _MEAN_ROOT * torch.sinh(skew[..., k]))
             found = torch.sinh(bent - skew[..., k])
@@ -132,13 +132,13 @@ class Triangular(Flow):
         x, params = x.index_select(-1, self.order), self._unpack(context)
         moved = self._move(x, params)
         with torch.no_grad():
-            _, _, _, shear, drive, bend = params
+            _, _, _, shear, log_scale_slope, quadratic = params
             near_slope = _near_slope(x)[..., None, :]
-            log_scale_slopes = _near_slope(moved.raw_scale)[..., None] * drive * near_slope
+            log_scale_slopes = _near_slope(moved.raw_scale)[..., None] * log_scale_slope * near_slope
             jacobian = shear + moved.scaled[..., None] * log_scale_slopes + torch.diag_embed(moved.log_slopes.exp())
-            if bend is not None and moved.bend_x is not None:
-                other = torch.einsum("...kjl,...j->...kl", bend, _near(x))
-                jacobian = jacobian + (moved.bend_x + other) * near_slope
+            if quadratic is not None and moved.quadratic_x is not None:
+                other = torch.einsum("...kjl,...j->...kl", quadratic, _near(x))
+                jacobian = jacobian + (moved.quadratic_x + other) * near_slope
             squared = 1 + x**2
             log_det_slope = log_scale_slopes.sum(-2) + torch.tanh(moved.bent) / squared.sqrt() - x / squared
             residual = score.index_select(-1, self.order) - log_det_slope
@@ -147,23 +147,23 @@ class Triangular(Flow):
         return y, moved.log_slopes.sum(-1), pushed
 
     def _unpack(self, context: Tensor | None) -> _Parameters:
-        loc, log_scale, skew, shear, drive, *rest = self.params(context)
-        shear, drive = (strictly_lower(part, self.pairs) for part in (shear, drive))
-        return loc, log_scale, skew, shear, drive, strictly_lower(rest[0], self.triples) if rest else None
+        loc, log_scale, skew, shear, log_scale_slope, *rest = self.params(context)
+        shear, log_scale_slope = (strictly_lower(part, self.pairs) for part in (shear, log_scale_slope))
+        return loc, log_scale, skew, shear, log_scale_slope, strictly_lower(rest[0], self.triples) if rest else None
 
     def _move(self, x: Tensor, params: _Parameters) -> _Moved:
-        loc, log_scale, skew, shear, drive, bend = params
+        loc, log_scale, skew, shear, log_scale_slope, quadratic = params
         near = _near(x)
-        move, bend_x = loc + multiply(shear, x), None
-        if bend is not None:
-            bend_x = torch.einsum("...kjl,...l->...kj", bend, near)
-            move = move + _apply(bend_x, near) - _trace(bend)
-        raw_scale = log_scale + multiply(drive, near)
+        move, quadratic_x = loc + multiply(shear, x), None
+        if quadratic is not None:
+            quadratic_x = torch.einsum("...kjl,...l->...kj", quadratic, near)
+            move = move + _apply(quadratic_x, near) - _trace(quadratic)
+        raw_scale = log_scale + multiply(log_scale_slope, near)
         log_scale = _near(raw_scale)
         bent = torch.asinh(x) + skew
         scaled = log_scale.exp() * (torch.sinh(bent) - _MEAN_ROOT * torch.sinh(skew))
         log_slopes = log_scale + _log_cosh(bent) - torch.log1p(x**2) / 2
-        return _Moved(move + scaled, log_slopes, bent, scaled, raw_scale, bend_x)
+        return _Moved(move + scaled, log_slopes, bent, scaled, raw_scale, quadratic_x)
 
 
 def _near(x: Tensor) -> Tensor:

@@ -61,10 +61,7 @@ class Minibatches:
         """Look at the minibatches of those steps of the block whose ELBO is not finite, `(steps,)`."""
         for step in (~elbos.isfinite()).nonzero()[:, 0].tolist():
             name, pair = self._block[step]
-            if pair is None:
-                problem = "too large to be looked at"
-            else:
-                problem = self._problem(pair) or _not_finite(pair)
+            problem = "too large to be looked at" if pair is None else self._problem(pair) or _not_finite(pair)
             if problem:
                 self.faults.append(Fault(name, problem))
 

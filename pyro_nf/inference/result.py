@@ -28,7 +28,7 @@ class Status(Enum):
     FAILED = "failed"
 
 
-class Stage(NamedTuple):
+class StageResult(NamedTuple):
     """A stage of a fit that needs no tuning, as it was measured by fresh draws when it ended.
 
     Attributes:
@@ -107,7 +107,7 @@ class FitResult:
     execution_reason: str
     compile_seconds: float
     path_gradient: bool
-    stages: tuple[Stage, ...]
+    stages: tuple[StageResult, ...]
     starts: Any
     history: Tensor = field(repr=False)
     evaluations: tuple[Evaluation, ...] = field(repr=False)

@@ -7,6 +7,7 @@ from pyro_nf.networks.made import MADE, MaskedLinear
 from pyro_nf.networks.mlp import MLP
 from pyro_nf.networks.order_agnostic import OrderAgnosticMADE
 from pyro_nf.networks.parameters import ContextParameters, freeze, start_at_zero
+from pyro_nf.networks.switch import Switch
 
 __all__ = [
     "MADE",
@@ -19,6 +20,7 @@ __all__ = [
     "ImageEncoder",
     "MaskedLinear",
     "OrderAgnosticMADE",
+    "Switch",
     "freeze",
     "start_at_zero",
 ]

@@ -5,8 +5,8 @@ that was written for one draw meets both with operations that they refuse: a dra
 all draws share, `tensor[mask] = number`, `tensor.data`, an `autograd.Function` of the old style, the value of a
 constant as a number. `Batchable` is the mode under which models are run. It has a rule for each of these, gives NaN
 for a draw whose matrix cannot be factorized, where torch would end the run of all draws, and, while
-it lasts, the rewrites of `pyro_nf.programs.rewrites` stand in for the few functions of Pyro and torch that need more than a
-rule.
+it lasts, the rewrites of `pyro_nf.programs.rewrites` stand in for the few functions of Pyro and torch that need more
+than a rule.
 """
 
 import threading

@@ -1,9 +1,10 @@
 """A (model, guide) pair run for many draws at once, as a plain function of tensors.
 
 Everything above this file (objectives, diagnostics, inference) asks one thing of a model and a guide: run the guide
-`num_particles` times, run the model on each draw, and return something of the two traces. `BoundProgram.vmap_traces` does that
-under `torch.func.vmap`, so that a model is written for one draw and never needs to broadcast over particles. What is
-random is an argument: normal noise and the indices of subsampled plates are drawn first, by `BoundProgram.draw`.
+`num_particles` times, run the model on each draw, and return something of the two traces. `BoundProgram.vmap_traces`
+does that under `torch.func.vmap`, so that a model is written for one draw and never needs to broadcast over particles.
+What is random is an argument: normal noise and the indices of subsampled plates are drawn first, by
+`BoundProgram.draw`.
 """
 
 import functools

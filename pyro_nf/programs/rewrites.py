@@ -1,6 +1,7 @@
 r"""Densities and draws of Pyro and torch, written anew where theirs depend on values in ways that `vmap` cannot batch.
 
-Each function of `REWRITES` stands in for another while models are run (`pyro_nf.programs.batching`), and computes the same.
+Each function of `REWRITES` stands in for another while models are run (`pyro_nf.programs.batching`), and computes the
+same.
 """
 
 import copy

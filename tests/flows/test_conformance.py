@@ -32,6 +32,7 @@ from pyro_nf.flows import (
     Permutation,
     Planar,
     PReLU,
+    QuadraticTriangularMap,
     Radial,
     RationalQuadraticSpline,
     Rotation,
@@ -39,7 +40,6 @@ from pyro_nf.flows import (
     SLog,
     Sylvester,
     SymmetricConvolution,
-    Triangular,
     stacks,
 )
 from pyro_nf.testing import check_flow
@@ -64,8 +64,8 @@ FLOWS: dict[str, Callable[..., Flow]] = {
     "SymmetricConvolution": SymmetricConvolution,
     "ConvolutionCoupling-circular": ConvolutionCoupling,
     "ConvolutionCoupling-symmetric": partial(ConvolutionCoupling, kind="symmetric"),
-    "Triangular": Triangular,
-    "Triangular-straight": partial(Triangular, bends=False),
+    "QuadraticTriangularMap": QuadraticTriangularMap,
+    "Triangular-straight": partial(QuadraticTriangularMap, quadratic=False),
     "PReLU": PReLU,
     "Diagonal": Diagonal,
     "LULinear": LULinear,

@@ -31,7 +31,7 @@ _ADVICE = {
 }
 
 
-class Execution:
+class StepCompiler:
     """Makes the steps of a fit, in the form that pays.
 
     Args:
@@ -68,6 +68,12 @@ class Execution:
         self._uses: Counter[Any] = Counter()
         self._seen: set[Any] = set()
         self._num_renewals = 0
+
+    def continued(self, num_steps: int, block: int) -> "StepCompiler":
+        """Return one for a fit that goes on with the same steps: what was recorded is kept, its time is not its own."""
+        twin = copy(self)
+        twin.num_steps, twin.block, twin.seconds = num_steps, block, 0.0
+        return twin
 
     def steps(
         self,

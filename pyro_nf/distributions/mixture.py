@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyro
 import pyro.distributions as dist
@@ -11,7 +11,6 @@ from pyro.distributions import TorchDistribution
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pyro_nf.approximations.modes import Mode
 from pyro_nf.flows import Flow, LowerTriangularAffine
 from pyro_nf.interface.arguments import check_whole_number
 
@@ -19,6 +18,18 @@ from pyro_nf.interface.arguments import check_whole_number
 _SPREAD = 2.0
 # How far a second component on a mode starts from it.
 _ASIDE = 0.5
+
+
+class LocatedNormal(Protocol):
+    """A normal by its location and the Cholesky factor of its covariance."""
+
+    @property
+    def loc(self) -> Tensor:
+        """Location, `(dim,)`."""
+
+    @property
+    def scale_tril(self) -> Tensor:
+        """Cholesky factor, `(dim, dim)`."""
 
 
 class MixtureBase(nn.Module):
@@ -44,7 +55,7 @@ class MixtureBase(nn.Module):
         )
 
     @torch.no_grad()
-    def assign(self, modes: Sequence[Mode], shares: Sequence[float]) -> None:
+    def assign(self, modes: Sequence[LocatedNormal], shares: Sequence[float]) -> None:
         """Put components on modes, in coordinates in which the first mode is the standard normal.
 
         Components that are left over share the modes with others, a little aside.

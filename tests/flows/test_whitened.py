@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from pyro_nf.flows import Triangular
+from pyro_nf.flows import QuadraticTriangularMap
 from pyro_nf.guides import AutoFlow
 from pyro_nf.guides.framed import Framed
 from pyro_nf.models import eight_schools
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def framed(dim=4, curved=True):
     torch.manual_seed(0)
-    curve = Triangular(dim)
+    curve = QuadraticTriangularMap(dim)
     with torch.no_grad():
         for param in curve.parameters():
             param.normal_(std=0.1)
@@ -54,7 +54,7 @@ def test_a_curve_is_saved_loaded_and_dropped():
 
 def test_many_coordinates_have_no_curve():
     assert Framed(101).curve is None
-    assert not hasattr(Framed(33).curve.params, "bend")
+    assert not hasattr(Framed(33).curve.params, "quadratic")
 
 
 def test_a_curved_guide_scores_its_draws():
