@@ -19,7 +19,7 @@ from pyro_nf.diagnostics.diagnosis import Diagnosis, find_names, judge
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict
-from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_has, check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
@@ -248,7 +248,7 @@ def _add_weights(stats: Variables, points: Tensor | None, names: list[str], obst
     """Add the draws' weights to `log_p` and `log_q`, and return what they say of the guide."""
     log_weights = stats["log_p"][1] - stats["log_q"][1]
     stats["log_weight"] = (_SAMPLES, pareto_smooth(log_weights[0])[0][None])
-    weights = summarise(log_weights)
+    weights = summarize(log_weights)
     if points is None:
         return Evidence(weights=weights, notes=(obstacle,))
     moments = Moments()

@@ -16,7 +16,7 @@ from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.regions import search
 from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
-from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
+from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
@@ -45,7 +45,7 @@ class Diagnosis(WeightSummary):
         stein_residual: How many sds off the guide's center lies by the gradients g of the log density,
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
-        left_out: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
+        missed_mass: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
             over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
             has three quarters of the posterior and leaves out the rest.
         num_starts: Climbs.
@@ -60,7 +60,7 @@ class Diagnosis(WeightSummary):
     sd_ratio: float = math.nan
     stein_residual: float = math.nan
     stein_noise: float = math.nan
-    left_out: float = math.nan
+    missed_mass: float = math.nan
     num_starts: int = 0
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -180,11 +180,11 @@ def diagnose(
                 if names:
                     moments.add(log_weights, found["point"])
             sets.append(torch.cat(parts).numpy())
-    weights = summarise(np.stack(sets))
+    weights = summarize(np.stack(sets))
     evidence = Evidence(
         weights=weights,
         improper=improper.describe(names) if improper else "",
-        without_density=in_words(program.without_density(2 * num_samples)) if weights.outside else "",
+        without_density=in_words(program.without_density(2 * num_samples)) if weights.frac_zero_density else "",
     )
     if not names:
         return judge(replace(evidence, notes=(obstacle,)))
@@ -250,8 +250,8 @@ def _figures(evidence: Evidence) -> dict[str, Any]:
     if evidence.gradients is not None:
         figures["stein_residual"], figures["stein_noise"] = evidence.gradients.residual
     if evidence.search is not None:
-        region = evidence.search.left_out
-        figures["left_out"] = 0.0 if region is None else region.evidence
+        region = evidence.search.missed
+        figures["missed_mass"] = 0.0 if region is None else region.evidence
         figures["num_starts"] = evidence.search.num_starts
     return figures
 

@@ -27,14 +27,14 @@ class Search(NamedTuple):
 
     Attributes:
         num_starts: Climbs.
-        left_out: The region with the most evidence that the guide has too few draws in, if there is one.
+        missed: The region with the most evidence that the guide has too few draws in, if there is one.
         copied: Whether another mode has the evidence of that region's, as copies of one mode by relabeling have.
         num_modes: Modes that hold more than a negligible part of the evidence.
         num_scattered: Modes of little evidence, each found by climbs of its own, where the guide has no draws.
     """
 
     num_starts: int
-    left_out: "Region | None"
+    missed: "Region | None"
     copied: bool
     num_modes: int
     num_scattered: int
@@ -56,7 +56,7 @@ class Region(NamedTuple):
     draws_se: float
 
     @property
-    def left_out(self) -> bool:
+    def is_missed(self) -> bool:
         """Whether the guide has too few draws here, beyond what chance explains."""
         least, most = self.evidence - 3 * self.evidence_se, self.draws + 3 * self.draws_se
         return least > _NEGLIGIBLE and least > _TIMES * most
@@ -82,10 +82,10 @@ def search(density: Density, points: Tensor, log_evidence: float, num_starts: in
         (_region(density, mode, points, log_evidence), mode)
         for mode in shown.over("evidence around modes", modes, len(modes))
     ]
-    missed = max([pair for pair in found if pair[0].left_out], key=lambda pair: pair[0].evidence, default=None)
+    missed = max([pair for pair in found if pair[0].is_missed], key=lambda pair: pair[0].evidence, default=None)
     return Search(
         num_starts=num_starts,
-        left_out=None if missed is None else missed[0],
+        missed=None if missed is None else missed[0],
         copied=missed is not None and any(_as_much(missed[1], mode) for mode in modes),
         num_modes=sum(mode.converged and region.evidence > _NEGLIGIBLE for region, mode in found),
         num_scattered=_num_scattered(modes, points, log_evidence),

@@ -7,7 +7,7 @@ import torch
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_nf.diagnostics import diagnose
-from pyro_nf.diagnostics.weights import summarise
+from pyro_nf.diagnostics.weights import summarize
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, stages
 from pyro_nf.inference.elbo import ELBO
@@ -171,7 +171,7 @@ def test_a_callback_ends_all_stages_and_the_same_seed_gives_the_same():
 
 
 def weights(log_w):
-    return summarise(log_w.double().numpy()[None])
+    return summarize(log_w.double().numpy()[None])
 
 
 def test_small_differences_are_told_by_gaps_and_large_ones_by_elbos():
