@@ -86,8 +86,8 @@ def corrected_posterior(
       `min(1, w' / w)`, thinned to `num_samples`; it starts at a resampled draw. Unsmoothed, so exact in the long run.
 
     Guides whose `diagnose` says "right" or "right after correction" are accepted, for the same figures of the weights
-    decide. But no climbs from other starts are made here, so that a mode in which the guide has no draws is missing in
-    the corrected draws too, and nothing but a note says so: `diagnose` first.
+    decide. But no L-BFGS runs from other starts are made here, so that a mode in which the guide has no draws is
+    missing in the corrected draws too, and nothing but a note says so: `diagnose` first.
 
     `Predictive(model, corrected.draws)(new_data)` predicts; draws by "psis" have weights, which it does not know of.
 

@@ -45,10 +45,10 @@ class Diagnosis(WeightSummary):
         stein_residual: How many sds off the guide's center lies by the gradients g of the log density,
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
-        missed_mass: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
-            over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
+        missed_mass: Evidence of the largest region that `num_starts` L-BFGS runs found and the guide has too few draws
+            in, over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
             has three quarters of the posterior and leaves out the rest.
-        num_starts: Climbs.
+        num_starts: L-BFGS runs.
         verdict: `Verdict.RIGHT`, `RIGHT_AFTER_CORRECTION` or `NOT_RIGHT`; they equal the strings "right", "right after
             correction" and "not right".
         reasons: What speaks against "right", a few sentences for each cause: what was found, and what to do.
@@ -102,7 +102,7 @@ def diagnose(
     progress: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Judge a guide by fresh draws: their importance weights, the gradients there, and climbs from elsewhere.
+    """Judge a guide by fresh draws: their importance weights, the gradients there, and L-BFGS runs from elsewhere.
 
     Draws are run in parts and reduced at once: only their weights are kept, so a million draws take no more memory
     than a thousand. A single k-hat scatters by a tenth or two, so the one reported is the median over `num_sets` sets.
@@ -117,10 +117,10 @@ def diagnose(
       below its threshold, or the weights are nearly flat (a divergence below 0.05 nats, and k-hat below 1; below 0.01
       nats a long tail has next to no weight, whatever k-hat, and `notes` says so), and at least 100 draws are
       effective;
-    - *not right* if weights cannot help, or if one of `num_starts` climbs (L-BFGS, from uniform points in the cube from
+    - *not right* if weights cannot help, or if one of `num_starts` L-BFGS runs (from uniform points in the cube from
       -2 to 2 on the real line and their opposites) finds a region with over 1% of the evidence and over twice what the
-      guide has there. The weights, which are of the guide's own draws, cannot show it; nor can climbs show what none
-      of them finds.
+      guide has there. The weights, which are of the guide's own draws, cannot show it; nor can L-BFGS runs show what
+      none of them finds.
 
     Args:
         model: The Pyro model.
@@ -204,7 +204,7 @@ def diagnose(
 
 
 def _improper(program: BoundProgram, density: Density, dim: int) -> FlatDirections | None:
-    """Find the directions along which the posterior is improper, in so many coordinates as climbs are made in."""
+    """Find the directions along which the posterior is improper, in so many coordinates as L-BFGS runs are made in."""
     if dim > _MAX_DIM:
         return None
 

@@ -1,4 +1,4 @@
-"""Regions of the posterior that a guide leaves out: climbs from elsewhere, beside where its draws are."""
+"""Regions of the posterior that a guide leaves out: L-BFGS runs from elsewhere, beside where its draws are."""
 
 import math
 from typing import NamedTuple
@@ -23,14 +23,14 @@ _TIMES = 2.0
 
 
 class Search(NamedTuple):
-    """What climbs from elsewhere found.
+    """What L-BFGS runs from elsewhere found.
 
     Attributes:
         num_starts: Climbs.
         missed: The region with the most evidence that the guide has too few draws in, if there is one.
         copied: Whether another mode has the evidence of that region's, as copies of one mode by relabeling have.
         num_modes: Modes that hold more than a negligible part of the evidence.
-        num_scattered: Modes of little evidence, each found by climbs of its own, where the guide has no draws.
+        num_scattered: Modes of little evidence, each found by L-BFGS runs of its own, where the guide has no draws.
     """
 
     num_starts: int
@@ -99,7 +99,7 @@ def _as_much(mode: Mode, other: Mode) -> bool:
 def _num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:
     """Return how many modes lie where the guide has no draws and have little evidence, though not next to none.
 
-    One of them may be left out. If nearly every climb finds another one, there are many more than climbs.
+    One of them may be left out. If nearly every L-BFGS run finds another one, there are many more than runs.
     """
     low, high = log_evidence - _LEAST_EVIDENCE, log_evidence + math.log(_NEGLIGIBLE)
     away = (mode for mode in modes if mode.converged and low < mode.elbo < high)

@@ -39,7 +39,7 @@ _SHORT_TAIL_GAP, _KHAT_SCATTER = 0.05, 0.1
 _TAILS_ESS = 0.5
 # k-hat's threshold with draws without end, and how many a user may be asked for.
 _MOST_KHAT, _MOST_DRAWS = 0.7, 1e6
-# So many modes of little evidence, each found by a climb of its own, are a sign of many more.
+# So many modes of little evidence, each found by an L-BFGS run of its own, are a sign of many more.
 _MANY_MODES = 4
 # No posterior in sensible units is as wide on the real line.
 _IMPROPER_SD = 1e6
@@ -86,7 +86,7 @@ class Evidence:
         names: A name for each coordinate.
         misfit: How the weights move the coordinates' means and standard deviations.
         gradients: What the gradients say.
-        search: What climbs from elsewhere found.
+        search: What L-BFGS runs from elsewhere found.
         improper: Along which directions the posterior is improper, in a sentence; "" if along none. All other figures
             are then of the posterior along the other directions.
         without_density: Why draws have no density, where some have none.
@@ -307,7 +307,7 @@ def _notes(evidence: Evidence) -> Iterator[str]:
                 "check; look at quantiles instead."
             )
     if evidence.search is None:
-        yield "No climbs from other starts were made: a mode in which the guide has no draws would not be noticed."
+        yield "No L-BFGS runs from other starts were made: a mode in which the guide has no draws would not be noticed."
 
 
 def _has_long_tail(weights: WeightSummary) -> bool:

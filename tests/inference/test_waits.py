@@ -83,7 +83,7 @@ def test_one_bar_tells_stage_elbo_gap_and_time(monkeypatch):
     FlowSVI(banana, affine_flow(banana), seed=0, max_seconds=600.0).run()
     text = shown.getvalue()
     assert len(bars) == 1
-    for part in ("normal: climbs", "normal: natural gradients", "curve: natural gradients", "flow", "flow, longer"):
+    for part in ("normal: L-BFGS runs", "normal: natural gradients", "map: natural gradients", "flow", "flow, longer"):
         assert f"FlowSVI: {part}" in text
     assert "ELBO -0." in text
     assert "gap 0." in text
