@@ -81,9 +81,9 @@ def to_arviz(
     - `sample_stats`: `log_p` and `log_q` of each draw, `log_weight` (Pareto-smoothed, normalised: exponentials sum to
       1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, ..., `verdict`
       ("right", "right after correction" or "not right", by their weights: no other modes are looked for as in
-      `diagnose`, so that a mode in which the guide has no draws goes unnoticed), `reliable` (1 where it is "right"), `reasons`,
-      `notes`, and `draws`, which says what the draws of `posterior` are; given a `result`, `elbo_trace` along the
-      dimension `step`.
+      `diagnose`, so that a mode in which the guide has no draws goes unnoticed), `reliable` (1 where it is "right"),
+      `reasons`, `notes`, and `draws`, which says what the draws of `posterior` are; given a `result`, `elbo_trace`
+      along the dimension `step`.
 
     A warning names what is left out because nothing can be drawn: data or latents of a distribution without a sampler,
     such as an improper prior.
