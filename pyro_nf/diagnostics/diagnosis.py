@@ -46,8 +46,8 @@ class Diagnosis(WeightSummary):
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
         missed_mass: Evidence of the largest region that `num_starts` L-BFGS runs found and the guide has too few draws
-            in, over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
-            has three quarters of the posterior and leaves out the rest.
+            in, over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the
+            guide has three quarters of the posterior and leaves out the rest.
         num_starts: L-BFGS runs.
         verdict: `Verdict.RIGHT`, `RIGHT_AFTER_CORRECTION` or `NOT_RIGHT`; they equal the strings "right", "right after
             correction" and "not right".

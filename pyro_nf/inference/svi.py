@@ -36,15 +36,16 @@ class FlowSVI:
     best such block, averaged over its steps, are kept, and a plateau starts the cool-down that ends the run.
 
     An `AutoFlow` is fitted in stages. "normal": L-BFGS runs from eight points, and from the best mode (or from the
-    guide's own start, where the modes are worse) natural gradients to the nearest normal. "map", up to 100 coordinates: the triangular map of that normal, of second order, that is nearest. "flow": in coordinates in
-    which the normal is the standard one, all of the flow; "flow, longer" goes on at a lower rate. Each stage is
-    measured by the importance weights of 5,000 fresh draws, and what is better is kept; the first whose divergence from
-    the posterior is below 0.005 nats (a normal's below 0.001, a map's below 0.002), and whose effective draws are
-    more than 98.5%, ends the fit. "tails": where k-hat is then 0.2 or higher, the base becomes a mixture with a wider
-    normal, if that lowers k-hat by 0.1 and costs less than 0.003 nats. `result.stages` has the figures. Where a draw of the model takes
-    much work, steps have fewer draws. A fit with a `learning_rate`, an `objective` or a `checkpoint`, with `max_steps`
-    below 3,000, of a model with parameters of its own, by minibatches or on several processes is a single stage from
-    where the guide is.
+    guide's own start, where the modes are worse) natural gradients to the nearest normal. "map", up to 100 coordinates:
+    the triangular map of that normal, of second order, that is nearest. "flow": in coordinates in which the normal is
+    the standard one, all of the flow; "flow, longer" goes on at a lower rate. Each stage is measured by the importance
+    weights of 5,000 fresh draws, and what is better is kept; the first whose divergence from the posterior is below
+    0.005 nats (a normal's below 0.001, a map's below 0.002), and whose effective draws are more than 98.5%, ends the
+    fit. "tails": where k-hat is then 0.2 or higher, the base becomes a mixture with a wider normal, if that lowers
+    k-hat by 0.1 and costs less than 0.003 nats. `result.stages` has the figures. Where a draw of the model takes much
+    work, steps have fewer draws. A fit with a `learning_rate`, an `objective` or a `checkpoint`, with `max_steps` below
+    3,000, of a model with parameters of its own, by minibatches or on several processes is a single stage from where
+    the guide is.
 
     Where `torch.distributed` is initialised (`torchrun`), the processes share the draws of each step, or have
     minibatches of their own, and average the gradient: their parameters stay equal. All make the same calls, with the
