@@ -28,6 +28,7 @@ from pyro_nf.guides.parameter_store import has_name, keep_entries, take_name, te
 from pyro_nf.interface.arguments import Arguments, check_whole_number, unpacked
 from pyro_nf.programs.calls import takes_model_arguments
 from pyro_nf.programs.noise import running
+from pyro_nf.programs.enumeration import is_discrete
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
 
@@ -351,8 +352,10 @@ class FlowGuide(AutoGuide):
         return False
 
     def _prototype_hide_fn(self, site: Any) -> bool:
-        """Whether a site of the model is none of the guide's: no latent, or one that came later."""
-        return bool(prototype_hide_fn(site)) or bool(self._latents and site["name"] not in self._latents)
+        """Whether a site of the model is none of the guide's: no latent, a discrete one, or one that came later."""
+        if prototype_hide_fn(site) or is_discrete(site):
+            return True
+        return bool(self._latents and site["name"] not in self._latents)
 
     def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._model is None:

@@ -10,6 +10,7 @@ from pyro.util import get_rng_state, set_rng_state
 from torch import Tensor
 
 from pyro_nf.programs._pyro import subsampled
+from pyro_nf.programs.enumeration import find_discrete
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_data, is_latent
 
@@ -37,7 +38,8 @@ def trace_latents(
         known: The latents of a guide that is set up already: others, such as data to be predicted, are not its own.
 
     Raises:
-        ValueError: If there is no latent, a discrete one, or one in a sequential plate, or if the model fails on data
+        ValueError: If there is no continuous latent, one in a sequential plate, or a discrete one that cannot be
+            summed out, or if the model fails on data
             that fit none of its subsampled plates.
     """
     tracer = poutine.trace(model)
@@ -47,15 +49,13 @@ def trace_latents(
     except (IndexError, RuntimeError, ValueError) as error:
         _explain_sizes(tracer.trace, (*args, *kwargs.values()), error)
         raise
-    sites = {name: site for name, site in trace.nodes.items() if is_latent(site) and (not known or name in known)}
+    discrete = find_discrete(trace, set()).names
+    latents = {name: site for name, site in trace.nodes.items() if is_latent(site) and name not in discrete}
+    sites = {name: site for name, site in latents.items() if not known or name in known}
     if not sites:
-        raise ValueError(f"{guide} found no latent variables in the model: there is no posterior to fit")
+        what = "discrete latents alone, which are summed out" if discrete else "no latent variables"
+        raise ValueError(f"{guide} found {what} in the model: there is no posterior to fit")
     for name, site in sites.items():
-        if site["fn"].support.is_discrete:
-            raise ValueError(
-                f"{guide} takes continuous latents; site {name!r} is discrete. Sum it out: enumerate it with "
-                f"TraceEnum_ELBO and build the guide on pyro.poutine.block(model, hide=[{name!r}])"
-            )
         for frame in site["cond_indep_stack"]:
             if not frame.vectorized:
                 raise ValueError(

@@ -41,7 +41,7 @@ def paired_density(program: BoundProgram) -> Density:
     program = Program(program.program.model, program.program.guide).bind(*program.args, **program.kwargs)
     indices = program.draw(1).indices
     order = check_pair(program)
-    log_density = model_log_density(program.model, indices)
+    log_density = model_log_density(program.model, indices, program.spec.enumeration)
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
         log_density = _reordered(log_density, order)
     return Density(log_density, program.num_numbers)

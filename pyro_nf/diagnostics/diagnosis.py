@@ -164,7 +164,7 @@ def diagnose(
     def extract(particle: TracePair) -> dict[str, Tensor]:
         return log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
-    density = Density(model_log_density(program.model), program.num_numbers)
+    density = Density(model_log_density(program.model, enumeration=program.spec.enumeration), program.num_numbers)
     improper = _improper(program, density, len(names)) if names else None
     moments, sets = Moments(), []
     with shown.part("weights of draws", num_sets * num_samples) as advance:

@@ -9,6 +9,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pyro_nf.programs._pyro import is_subsample
+from pyro_nf.programs.contraction import log_sum_exp
+from pyro_nf.programs.enumeration import NOTHING, Enumeration, run_enumerated
 from pyro_nf.programs.noise import SharedSubsamples, running
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
@@ -46,19 +48,25 @@ def names_of(sites: Mapping[str, dict[str, Any]]) -> list[str]:
     return names
 
 
-def model_log_density(model: Callable[[], Any], indices: dict[str, Tensor] | None = None) -> LogDensity:
+def model_log_density(
+    model: Callable[[], Any], indices: dict[str, Tensor] | None = None, enumeration: Enumeration = NOTHING
+) -> LogDensity:
     r"""Return `log p(x, z(u)) + log|det dz/du|` as a function of the coordinates u.
 
     Args:
         model: The Pyro model with its arguments, as `BoundProgram.model`.
         indices: Those of subsampled plates, as `BoundProgram.draw` gives them.
+        enumeration: The discrete latents that are summed out.
     """
 
     def log_density(point: Tensor) -> Tensor:
-        place = _AtPoint(point)
-        with running(fixed=True), SharedSubsamples(indices or {}), poutine.trace() as capture, place:
-            model()
-        return place.log_det + log_prob_sum(fill_masked(capture.trace), has_coordinates=True)
+        values = []
+        for fixed in enumeration.branches():
+            place = _AtPoint(point)
+            with running(fixed=True), SharedSubsamples(indices or {}), place:
+                trace = fill_masked(run_enumerated(model, None, enumeration, fixed))
+            values.append(place.log_det + log_prob_sum(trace, has_coordinates=True))
+        return values[0] if len(values) == 1 else log_sum_exp(torch.stack(values), 0)
 
     return log_density
 

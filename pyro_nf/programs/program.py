@@ -23,8 +23,9 @@ from pyro_nf.interface.arguments import check_callable, explain_failure
 from pyro_nf.programs._pyro import is_subsample, subsampled
 from pyro_nf.programs.batching import culprit
 from pyro_nf.programs.data_checks import check_data, check_parameters
+from pyro_nf.programs.enumeration import NOTHING, Enumeration, find_discrete, refusing_hidden_draws
 from pyro_nf.programs.noise import CountedNoise, SharedSubsamples, SubstituteNormals, minibatches, running
-from pyro_nf.programs.sites import detached, is_data, is_latent, latent_names
+from pyro_nf.programs.sites import detached, is_data, is_enumerated, is_latent, latent_names
 from pyro_nf.programs.traces import log_prob_sum, obstacles, run_model
 
 # Draws that are run at once, and numbers that their latents and data may take together: 64 MiB in float32.
@@ -67,12 +68,14 @@ class ProgramSpec(NamedTuple):
     Attributes:
         traces: Those of one run, outside `vmap`.
         subsamples: `{plate name: (size, subsample_size)}` of the plates that are subsampled.
+        enumeration: The discrete latents that are summed out.
         noise_dim: Number of normals that a draw of the guide takes.
         noise_like: An empty tensor with their dtype and device.
     """
 
     traces: TracePair
     subsamples: dict[str, tuple[int, int]]
+    enumeration: Enumeration
     noise_dim: int
     noise_like: Tensor
 
@@ -128,14 +131,17 @@ class BoundProgram:
         if key not in self.program._specs:
             with torch.no_grad(), poutine.block(), running():
                 try:
-                    pair, count = self._first_run()
+                    pair, enumeration, count = self._first_run()
                 except (TypeError, AttributeError, RuntimeError, ValueError) as error:
                     explain_failure(self.program.model, self.args, self.kwargs, error)
                     raise
             subsamples = _inspect(pair)
             self._check(pair.model)
             like = torch.empty(0, device=_device(pair)) if count.like is None else count.like
-            self.program._specs[key] = ProgramSpec(pair, subsamples, count.size, like)
+            spec = ProgramSpec(pair, subsamples, enumeration, count.size, like)
+            if enumeration.names:
+                self._check_enumeration(spec)
+            self.program._specs[key] = spec
         return self.program._specs[key]
 
     def check_data(self) -> None:
@@ -166,7 +172,7 @@ class BoundProgram:
         runs = []
         with torch.random.fork_rng(), torch.no_grad(), poutine.block():
             for _ in range(2):
-                runs.append(run_model(self.model, latents))
+                runs.append(run_model(self.model, latents, self.spec.enumeration))
             one, other = (log_prob_sum(trace) for trace in runs)
         if torch.isclose(one, other, rtol=1e-5, equal_nan=True):
             return ""
@@ -226,11 +232,11 @@ class BoundProgram:
         A model that `vmap` cannot batch (control flow that depends on values, say) is run draw by draw, with one
         warning.
         """
-        self.spec  # noqa: B018 - which reports what is wrong with the pair
+        enumeration = self.spec.enumeration
 
         def particle(noise: Tensor, zero: Tensor) -> dict[str, Tensor]:
             with SharedSubsamples(draws.indices), running():
-                return extract(self._run(SubstituteNormals(noise, zero)))
+                return extract(self._run(SubstituteNormals(noise, zero), enumeration))
 
         noise = draws.noise
         zeros = noise.new_zeros(len(noise))
@@ -286,7 +292,7 @@ class BoundProgram:
 
     def model_at_fixed_draw(self, pair: TracePair) -> poutine.Trace:
         """Run the model on the particle's draw held fixed: the gradient is to the model's own parameters alone."""
-        return run_model(self.model, detached(pair.guide))
+        return run_model(self.model, detached(pair.guide), self.spec.enumeration)
 
     def _check(
         self,
@@ -308,7 +314,7 @@ class BoundProgram:
         with torch.no_grad(), poutine.block(), running(), SharedSubsamples(indices):
             return self._run()
 
-    def _first_run(self) -> tuple[TracePair, CountedNoise]:
+    def _first_run(self) -> tuple[TracePair, Enumeration, CountedNoise]:
         """Run a particle and count its noise; a guide whose sites are not the model's may look at the model again."""
         look_again = getattr(self.program.guide, "look_again", None)
         try:
@@ -321,16 +327,28 @@ class BoundProgram:
         look_again(*self.args, **self.kwargs)
         return self._counted_run()
 
-    def _counted_run(self) -> tuple[TracePair, CountedNoise]:
+    def _counted_run(self) -> tuple[TracePair, Enumeration, CountedNoise]:
         # A first call lets an automatic guide set itself up, and report what is wrong with the model.
         self.guide()
         count = CountedNoise()
-        return self._run(count), count
+        pair = self._run(count)
+        enumeration = find_discrete(pair.model, set(pair.guide.nodes))
+        for name in enumeration.names:
+            pair.model.nodes[name]["infer"]["_enumerated"] = True
+        return pair, enumeration, count
 
-    def _run(self, noise: AbstractContextManager[Any] | None = None) -> TracePair:
+    def _check_enumeration(self, spec: ProgramSpec) -> None:
+        """Run the model once with all values of its discrete latents, and report what stands in the way."""
+        with torch.random.fork_rng(), torch.no_grad(), poutine.block(), running(), refusing_hidden_draws():
+            trace = run_model(self.model, spec.traces.guide, spec.enumeration)
+        log_prob_sum(trace)
+
+    def _run(
+        self, noise: AbstractContextManager[Any] | None = None, enumeration: Enumeration = NOTHING
+    ) -> TracePair:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace()
-        return TracePair(guide_trace, run_model(self.model, guide_trace))
+        return TracePair(guide_trace, run_model(self.model, guide_trace, enumeration))
 
 
 def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
@@ -361,11 +379,6 @@ def _inspect(pair: TracePair) -> dict[str, tuple[int, int]]:
     subsamples = {}
     for name, site in pair.model.nodes.items():
         if is_latent(site):
-            if site["infer"].get("enumerate") == "parallel":
-                raise ValueError(
-                    f"site {name!r} is enumerated, which this objective does not sum over: "
-                    "use pyro.infer.TraceEnum_ELBO with Pyro's SVI"
-                )
             if name not in pair.guide.nodes:
                 raise ValueError(
                     f"the guide has no site for the model's latent {name!r}; it must sample every latent (data have to "
@@ -376,5 +389,7 @@ def _inspect(pair: TracePair) -> dict[str, tuple[int, int]]:
             if (sizes := subsampled(site)) is not None:
                 subsamples[name] = sizes
     if not any(map(is_latent, pair.model.nodes.values())):
-        raise ValueError("the model has no latent variables: there is no posterior to fit")
+        discrete = any(map(is_enumerated, pair.model.nodes.values()))
+        what = "no continuous latents: its discrete ones are summed out, and" if discrete else "no latent variables:"
+        raise ValueError(f"the model has {what} there is no posterior to fit")
     return subsamples

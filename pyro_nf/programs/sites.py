@@ -9,7 +9,7 @@ from pyro_nf.programs._pyro import is_subsample
 
 def local_plate(trace: poutine.Trace) -> Any:
     """The frame of the one plate in which every site of a model's trace stands, or `None`."""
-    sites = [site for site in trace.nodes.values() if is_latent(site) or is_data(site)]
+    sites = [site for site in trace.nodes.values() if is_latent(site) or is_data(site) or is_enumerated(site)]
     frames = {site["cond_indep_stack"] for site in sites}
     return frames.pop()[0] if len(frames) == 1 and all(len(site["cond_indep_stack"]) == 1 for site in sites) else None
 
@@ -35,8 +35,14 @@ def is_deterministic(site: dict[str, Any]) -> bool:
 
 
 def is_latent(site: dict[str, Any]) -> bool:
-    """Whether a site of a trace is a latent variable (not the indices of a subsampled plate)."""
-    return site["type"] == "sample" and not site["is_observed"] and not is_subsample(site)
+    """Whether a site of a trace is a latent variable (not the indices of a subsampled plate, nor summed out)."""
+    is_sampled = site["type"] == "sample" and not site["is_observed"] and not is_subsample(site)
+    return is_sampled and not is_enumerated(site)
+
+
+def is_enumerated(site: dict[str, Any]) -> bool:
+    """Whether a site of a trace is a discrete latent that is summed out."""
+    return bool(site["type"] == "sample" and site["infer"].get("_enumerated", False))
 
 
 def latent_names(trace: poutine.Trace) -> set[str]:

@@ -11,16 +11,31 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_nf.programs.contraction import contract, log_sum_exp
+from pyro_nf.programs.enumeration import NOTHING, Enumeration, run_enumerated
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.rewrites import is_batched
-from pyro_nf.programs.sites import is_data, is_latent, subsample_scale
+from pyro_nf.programs.sites import is_data, is_enumerated, is_latent, local_plate, subsample_scale
 from pyro_nf.programs.validity import bounds, can_fail, demand, holds, is_checked, parameters, seen, support_of, unwrap
 
 
-def run_model(model: Callable[[], Any], latents: poutine.Trace) -> poutine.Trace:
-    """Run a model, which has its arguments, on the latents of a trace; return its trace."""
+def run_model(
+    model: Callable[[], Any], latents: poutine.Trace | None, enumeration: Enumeration = NOTHING
+) -> poutine.Trace:
+    """Run a model, which has its arguments, on the latents of a trace; return its trace.
+
+    Args:
+        model: The model.
+        latents: Their trace; `None` where a handler around the call gives them values.
+        enumeration: The discrete latents that are summed out, which have all their values in the trace. Those that take
+            one value a run make several traces, the others being the first one's `branches`.
+    """
     with running():
-        return fill_masked(poutine.trace(poutine.replay(model, trace=latents)).get_trace())
+        first, *others = (
+            fill_masked(run_enumerated(model, latents, enumeration, fixed)) for fixed in enumeration.branches()
+        )
+    first.branches = others
+    return first
 
 
 def fill_masked(trace: poutine.Trace) -> poutine.Trace:
@@ -55,9 +70,20 @@ def log_prob_sum(trace: poutine.Trace, has_coordinates: bool = False) -> Tensor:
         trace: The model's.
         has_coordinates: Whether the latents come from the real line, and so are inside their supports.
     """
+    if branches := getattr(trace, "branches", []):
+        first, *others = (_summed(each, has_coordinates) for each in (trace, *branches))
+        return log_sum_exp(torch.stack([first, *others]), 0)
+    return _summed(trace, has_coordinates)
+
+
+def _summed(trace: poutine.Trace, has_coordinates: bool) -> Tensor:
+    """`log_prob_sum` of a single trace."""
     with running():
         usable = [inside for *_, inside in _validity(trace, latents=not has_coordinates)]
     total = guide_log_prob(trace)
+    if any(map(is_enumerated, trace.nodes.values())):
+        with running():
+            total = contract(trace).total()
     if not usable:
         return total
     return torch.where(functools.reduce(torch.logical_and, usable), total, -math.inf)
@@ -111,10 +137,12 @@ def obstacles(trace: poutine.Trace) -> dict[str, Tensor]:
         reasons = [*_validity(trace, latents=True, everything=True)]
     guide_log_prob(trace)
     so_far = torch.tensor(True)
+    summed = any(map(is_enumerated, trace.nodes.values()))
     for name, site in trace.nodes.items():
         if is_latent(site) or is_data(site):
             own = [(what, inside) for place, what, inside in reasons if place == name]
-            own.append(("its density is not finite", torch.as_tensor(site["log_prob_sum"]).isfinite()))
+            if not summed or is_latent(site):  # data may have no density under some of the discrete latents' values
+                own.append(("its density is not finite", torch.as_tensor(site["log_prob_sum"]).isfinite()))
             for what, inside in own:
                 found[f"site {name!r}: {what}"] = so_far & ~inside
                 so_far = so_far & inside
@@ -128,6 +156,11 @@ def _all(flags: Tensor) -> Tensor:
 def local_log_prob(trace: poutine.Trace) -> Tensor:
     """Return a trace's log density for each element of its one plate, `(size,)`, without a subsample's scale."""
     guide_log_prob(trace)
+    if any(map(is_enumerated, trace.nodes.values())):
+        with running():
+            (terms,) = contract(trace).terms.values()
+        frame = local_plate(trace)
+        return torch.stack([term / subsample_scale(frame) for term in terms]).sum(0)
     total = torch.zeros(())
     for site in trace.nodes.values():
         if is_latent(site) or is_data(site):

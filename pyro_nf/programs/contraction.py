@@ -1,0 +1,357 @@
+r"""Sums over discrete latents: `log sum_z exp(sum of factors)`, in the order that the factors' dimensions allow.
+
+Factors are the log densities of sites, with a dimension for each discrete latent that they depend on and for each plate
+that they stand in. Plates are products of independent factors, so sums inside a plate are done before the product over
+it (tensor variable elimination; Pyro's `contract_tensor_tree` walks the plates). Within one plate context latents are
+eliminated in rounds: in each round those that share no factor, with all that look alike as one batched operation. A
+chain of T latents, as `pyro.markov` makes, thus takes some log2(T) rounds.
+
+What was done is noted on a tape: from its end to its beginning, each latent can be drawn given those that were
+eliminated after it (forward filtering, backward sampling).
+
+References:
+    Obermeyer, Bingham, Jankowiak, Pradhan, Chiu, Rush, Goodman (2019), "Tensor variable elimination for plated factor
+    graphs", arXiv:1902.03210.
+"""
+
+import functools
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import opt_einsum
+import torch
+from pyro import poutine
+from pyro.ops.contract import contract_tensor_tree
+from pyro.ops.rings import LogRing
+from torch import Tensor
+
+from pyro_nf.programs.sites import is_data, is_enumerated, is_latent
+
+# Numbers in the largest table of a sum, for one draw.
+_MAX_TABLE = 2**22
+
+
+class Elimination(NamedTuple):
+    """A latent that was summed out.
+
+    Attributes:
+        dim: Its symbol.
+        table: The sum of the factors that held it.
+        dims: Symbols of the table's dimensions; `dim` is one of them.
+    """
+
+    dim: str
+    table: Tensor
+    dims: str
+
+
+class Contraction(NamedTuple):
+    """What a sum over a trace's discrete latents came to.
+
+    Attributes:
+        terms: Log densities left by plate context: `{names of plates: tensors of these plates' sizes}`.
+        tape: The latents in the order in which they were summed out.
+        symbols: `{site: the symbol of its dimension}`.
+        plates: `{plate: its symbol}`.
+        plate_dims: `{plate: its dimension in the model}`, negative.
+    """
+
+    terms: dict[frozenset[str], list[Tensor]]
+    tape: list[Elimination]
+    symbols: dict[str, str]
+    plates: dict[str, str]
+    plate_dims: dict[str, int]
+
+    def total(self) -> Tensor:
+        """Return the log density, `()`."""
+        return torch.stack([term.sum() for terms in self.terms.values() for term in terms]).sum()
+
+
+def contract(trace: poutine.Trace) -> Contraction:
+    """Sum out the discrete latents of a model's trace whose log densities are computed.
+
+    Scales, as of subsampled plates, multiply the logarithm of the sum; masks hide data inside it.
+
+    Raises:
+        ValueError: If sites that depend on one latent have different scales, or a table is too large.
+    """
+    sites = {name: site for name, site in trace.nodes.items() if is_latent(site) or is_data(site) or is_enumerated(site)}
+    symbols = _Symbols()
+    owners = {}
+    for name, site in sites.items():
+        if site["infer"].get("_enumerate_dim") is not None:
+            owners[name] = symbols.of_latent(site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]])
+    sums = set(owners.values())
+    factors: list[Tensor] = []
+    contexts: dict[int, frozenset[str]] = {}
+    scales: dict[str, tuple[str, Any]] = {}
+    terms: dict[frozenset[str], list[Tensor]] = defaultdict(list)
+    for name, site in sites.items():
+        context = frozenset(frame.name for frame in site["cond_indep_stack"] if frame.vectorized)
+        factor = _packed(site, symbols)
+        if sums.isdisjoint(factor._pyro_dims):
+            terms[context].append(_scaled(factor, site["scale"]))
+            continue
+        factors.append(factor)
+        contexts[id(factor)] = context
+        for dim in sums.intersection(factor._pyro_dims):
+            _check_scale(scales.setdefault(dim, (name, site["scale"])), name, site["scale"])
+    ring = _Ring({dim: name for name, dim in owners.items()})
+    for component, scale in _components(factors, scales, sums):
+        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+        for factor in component:
+            tree.setdefault(frozenset(symbols.plates[p] for p in contexts[id(factor)]), []).append(factor)
+        names = {symbol: name for name, symbol in symbols.plates.items()}
+        for ordinal, left in contract_tensor_tree(tree, set(sums), ring=ring).items():
+            terms[frozenset(names[symbol] for symbol in ordinal)] += [_scaled(term, scale) for term in left]
+    return Contraction(dict(terms), ring.tape, owners, symbols.plates, symbols.plate_dims)
+
+
+class _Symbols:
+    """A letter for each latent and each plate."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._latents: dict[int, str] = {}
+        self.plates: dict[str, str] = {}
+        self.plate_dims: dict[str, int] = {}
+
+    def of_latent(self, key: int) -> str:
+        if key not in self._latents:
+            self._latents[key] = self._new()
+        return self._latents[key]
+
+    def of_plate(self, frame: Any) -> str:
+        if frame.name not in self.plates:
+            self.plates[frame.name] = self._new()
+            self.plate_dims[frame.name] = frame.dim
+        return self.plates[frame.name]
+
+    def _new(self) -> str:
+        self._number += 1
+        symbol: str = opt_einsum.get_symbol(self._number - 1)
+        return symbol
+
+
+def _packed(site: dict[str, Any], symbols: _Symbols) -> Tensor:
+    """Return a site's log density, without its scale, its dimensions named; those of no plate are summed."""
+    log_prob = torch.as_tensor(site["unscaled_log_prob"])
+    mask = site["mask"]
+    # A latent's own density stays whole: it sums to one where all that depends on it is masked.
+    if mask is not None and not is_enumerated(site):
+        shape = torch.broadcast_shapes(log_prob.shape, getattr(mask, "shape", ()))
+        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0).expand(shape)
+    frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
+    ids = site["infer"].get("_dim_to_id", {})
+    rank = max([log_prob.dim(), *(-dim for dim in frames)])
+    log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
+    sizes = [frames[dim].size if dim in frames else log_prob.shape[dim] for dim in range(-rank, 0)]
+    log_prob = log_prob.expand(sizes)
+    kept: list[int] = []
+    dims = ""
+    for dim, size in zip(range(-rank, 0), sizes, strict=True):
+        if dim in frames:
+            dims += symbols.of_plate(frames[dim])
+            kept.append(dim)
+        elif size > 1 and dim in ids:
+            dims += symbols.of_latent(ids[dim])
+            kept.append(dim)
+    others = [dim for dim in range(-rank, 0) if dim not in kept]
+    packed = log_prob.sum(others) if others else log_prob.clone()
+    packed._pyro_dims = dims  # type: ignore[attr-defined]
+    return packed
+
+
+def _scaled(term: Tensor, scale: Any) -> Tensor:
+    if isinstance(scale, (int, float)) and scale == 1:
+        return term
+    scaled: Tensor = term * scale
+    return scaled
+
+
+def _check_scale(known: tuple[str, Any], name: str, scale: Any) -> None:
+    other, wanted = known
+    if scale is wanted or bool(torch.as_tensor(scale == wanted).all()):
+        return
+    raise ValueError(
+        f"sites {other!r} and {name!r} depend on one discrete latent and have different scales, so that its sum has "
+        "none: put the latent into the subsampled plate, or scale all that depends on it alike"
+    )
+
+
+def _components(
+    factors: Sequence[Tensor], scales: dict[str, tuple[str, Any]], sums: set[str]
+) -> Iterable[tuple[list[Tensor], Any]]:
+    """Yield the factors that are linked by latents, and their scale."""
+    group: dict[str, str] = {}
+
+    def root(dim: str) -> str:
+        while group.setdefault(dim, dim) != dim:
+            group[dim] = group[group[dim]]
+            dim = group[dim]
+        return dim
+
+    for factor in factors:
+        first, *others = sums.intersection(factor._pyro_dims)  # type: ignore[attr-defined]
+        for dim in others:
+            group[root(dim)] = root(first)
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    kept: dict[str, tuple[str, Any]] = {}
+    for factor in factors:
+        dim = min(sums.intersection(factor._pyro_dims))  # type: ignore[attr-defined]
+        found[root(dim)].append(factor)
+        _check_scale(kept.setdefault(root(dim), scales[dim]), *scales[dim])
+    for key, members in found.items():
+        yield members, kept[key][1]
+
+
+class _Ring(LogRing):  # type: ignore[misc]
+    """Sums of products in logarithms, noted on a tape."""
+
+    def __init__(self, names: dict[str, str]) -> None:
+        super().__init__()
+        self._names = names
+        self.tape: list[Elimination] = []
+
+    def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
+        """Multiply terms, and sum out dimensions."""
+        left: list[tuple[Tensor, str]] = [(term, term._pyro_dims) for term in terms]  # type: ignore[attr-defined]
+        pending = set(dims)
+        while pending:
+            left = self._round(left, pending)
+        out = "".join(sorted(set("".join(dims for _, dims in left))))
+        result = functools.reduce(torch.add, [_aligned(term, dims, out) for term, dims in left])
+        result = result.expand([_size(left, dim) for dim in out]).clone()
+        result._pyro_dims = out  # type: ignore[attr-defined]
+        return result
+
+    def _round(self, terms: list[tuple[Tensor, str]], pending: set[str]) -> list[tuple[Tensor, str]]:
+        """Eliminate latents that share no factor, the cheapest ones; take them from `pending`."""
+        holders: dict[str, list[int]] = {dim: [] for dim in sorted(pending)}
+        for number, (_, dims) in enumerate(terms):
+            for dim in pending.intersection(dims):
+                holders[dim].append(number)
+        costs = {dim: self._cost(dim, [terms[i] for i in held]) for dim, held in holders.items()}
+        limit = min(costs.values())
+        taken: set[int] = set()
+        alike: dict[Any, list[tuple[str, list[int], str]]] = defaultdict(list)
+        for dim, held in holders.items():
+            if costs[dim] > limit or not taken.isdisjoint(held):
+                continue
+            taken.update(held)
+            pending.discard(dim)
+            held = sorted(held, key=lambda i: (len(terms[i][1]), terms[i][1]))
+            order = "".join(dict.fromkeys("".join(terms[i][1] for i in held)))
+            order = dim + order.replace(dim, "")
+            pattern = tuple((tuple(map(order.index, terms[i][1])), terms[i][0].shape, terms[i][0].dtype) for i in held)
+            alike[pattern].append((dim, held, order))
+        made: list[tuple[Tensor, str]] = []
+        for members in alike.values():
+            made += self._eliminate(members, terms)
+        return [term for number, term in enumerate(terms) if number not in taken] + made
+
+    def _cost(self, dim: str, held: list[tuple[Tensor, str]]) -> int:
+        sizes = {d: n for term, dims in held for d, n in zip(dims, term.shape, strict=True)}
+        table = math.prod(sizes.values())
+        if table > _MAX_TABLE:
+            others = sorted({self._names[d] for d in sizes if d in self._names})
+            raise ValueError(
+                f"the sum over the discrete latents {', '.join(map(repr, others))} needs a table of {table:,} numbers a "
+                f"draw; {_MAX_TABLE:,} are the most: write a chain of latents with pyro.markov, put independent ones "
+                "into a plate, or take fewer values"
+            )
+        return table // sizes[dim]
+
+    def _eliminate(
+        self, members: list[tuple[str, list[int], str]], terms: list[tuple[Tensor, str]]
+    ) -> list[tuple[Tensor, str]]:
+        """Sum out latents whose factors have the same shapes, as one batched operation."""
+        _, first, order = members[0]
+        parts = []
+        for place, number in enumerate(first):
+            positions = [order.index(dim) for dim in terms[number][1]]
+            stacked = torch.stack([terms[held[place]][0] for _, held, _ in members])
+            shape = [1] * len(order)
+            permuted = stacked.permute(0, *(1 + i for i in sorted(range(len(positions)), key=positions.__getitem__)))
+            for position, size in zip(sorted(positions), permuted.shape[1:], strict=True):
+                shape[position] = size
+            parts.append(permuted.reshape(len(members), *shape))
+        table = functools.reduce(torch.add, parts)
+        summed = log_sum_exp(table, 1)
+        result = []
+        for row, (dim, _, labels) in enumerate(members):
+            self.tape.append(Elimination(dim, table[row], labels))
+            result.append((summed[row], labels[1:]))
+        return result
+
+
+def log_sum_exp(values: Tensor, dim: int) -> Tensor:
+    """`log sum exp` along a dimension; where all are minus infinity so is the result, and the gradient is zero."""
+    shift = values.detach().amax(dim, keepdim=True).clamp(min=torch.finfo(values.dtype).min)
+    total = (values - shift).exp().sum(dim)
+    result = total.clamp(min=torch.finfo(values.dtype).tiny).log() + shift.squeeze(dim)
+    return torch.where(total > 0, result, -math.inf)
+
+
+def _aligned(term: Tensor, dims: str, out: str) -> Tensor:
+    """Return a term with its dimensions in the order of `out`, of size 1 where it has none."""
+    term = term.permute([dims.index(dim) for dim in out if dim in dims])
+    sizes = iter(term.shape)
+    return term.reshape([next(sizes) if dim in dims else 1 for dim in out])
+
+
+def _size(terms: list[tuple[Tensor, str]], dim: str) -> int:
+    return next(term.shape[dims.index(dim)] for term, dims in terms if dim in dims)
+
+
+Choose = Callable[[Tensor], Tensor]
+"""`(log weights, (*batch, K)) -> indices, (*batch,)`."""
+
+
+def categorical(log_weights: Tensor) -> Tensor:
+    """Draw an index of the last dimension, by Gumbel noise."""
+    uniform = torch.rand_like(log_weights).clamp(min=torch.finfo(log_weights.dtype).tiny)
+    return (log_weights - (-uniform.log()).log()).argmax(-1)
+
+
+def backward(found: Contraction, choose: Choose = categorical) -> dict[str, Tensor]:
+    """Choose a value of each latent that was summed out, given those that were summed out after it.
+
+    Args:
+        found: A contraction.
+        choose: How: `categorical` draws from the joint posterior.
+
+    Returns:
+        Indices of the values in each site's support, `{site: tensor}`, of the shape of the site's plates.
+    """
+    plates = {symbol: name for name, symbol in found.plates.items()}
+    chosen: dict[str, tuple[Tensor, str]] = {}
+    for dim, table, dims in reversed(found.tape):
+        for other in [d for d in dims if d in chosen]:
+            table, dims = _at(table, dims, other, *chosen[other])
+        place = dims.index(dim)
+        rest = dims.replace(dim, "")
+        chosen[dim] = choose(table.movedim(place, -1)), rest
+    result = {}
+    for name, symbol in found.symbols.items():
+        value, dims = chosen[symbol]
+        places = sorted(dims, key=lambda d: found.plate_dims[plates[d]])
+        value = value.permute([dims.index(d) for d in places])
+        depth = max([-found.plate_dims[plates[d]] for d in dims], default=0)
+        shape = [1] * depth
+        for d, size in zip(places, value.shape, strict=True):
+            shape[found.plate_dims[plates[d]]] = size
+        result[name] = value.reshape(shape)
+    return result
+
+
+def _at(table: Tensor, dims: str, dim: str, index: Tensor, index_dims: str) -> tuple[Tensor, str]:
+    """Return a table at chosen indices along one dimension."""
+    rest = dims.replace(dim, "")
+    full = _aligned(index, index_dims, "".join(d for d in rest if d in index_dims)) if index_dims else index
+    shape = [table.shape[dims.index(d)] if d in index_dims else 1 for d in rest]
+    expanded = full.reshape(shape).expand([table.shape[dims.index(d)] for d in rest])
+    moved = table.movedim(dims.index(dim), -1)
+    return moved.gather(-1, expanded[..., None])[..., 0], rest
