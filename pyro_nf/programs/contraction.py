@@ -69,10 +69,17 @@ class Contraction(NamedTuple):
         return torch.stack([term.sum() for terms in self.terms.values() for term in terms]).sum()
 
 
-def contract(trace: poutine.Trace) -> Contraction:
+def contract(
+    trace: poutine.Trace, tilt: dict[str, Tensor] | None = None, scaled: bool = True
+) -> Contraction:
     """Sum out the discrete latents of a model's trace whose log densities are computed.
 
     Scales, as of subsampled plates, multiply the logarithm of the sum; masks hide data inside it.
+
+    Args:
+        trace: The trace.
+        tilt: What to add to the log densities of latents, for each of their values, `{site: (*plates, K)}`.
+        scaled: Whether scales count.
 
     Raises:
         ValueError: If sites that depend on one latent have different scales, or a table is too large.
@@ -91,8 +98,10 @@ def contract(trace: poutine.Trace) -> Contraction:
     for name, site in sites.items():
         context = frozenset(frame.name for frame in site["cond_indep_stack"] if frame.vectorized)
         factor = _packed(site, symbols)
+        if tilt is not None and name in tilt:
+            factor = _tilted(factor, tilt[name], site, owners[name], symbols)
         if sums.isdisjoint(factor._pyro_dims):
-            terms[context].append(_scaled(factor, site["scale"]))
+            terms[context].append(_scaled(factor, site["scale"] if scaled else 1.0))
             continue
         factors.append(factor)
         contexts[id(factor)] = context
@@ -105,7 +114,7 @@ def contract(trace: poutine.Trace) -> Contraction:
             tree.setdefault(frozenset(symbols.plates[p] for p in contexts[id(factor)]), []).append(factor)
         names = {symbol: name for name, symbol in symbols.plates.items()}
         for ordinal, left in contract_tensor_tree(tree, set(sums), ring=ring).items():
-            terms[frozenset(names[symbol] for symbol in ordinal)] += [_scaled(term, scale) for term in left]
+            terms[frozenset(names[symbol] for symbol in ordinal)] += [_scaled(term, scale if scaled else 1.0) for term in left]
     return Contraction(dict(terms), ring.tape, owners, symbols.plates, symbols.plate_dims)
 
 
@@ -162,6 +171,15 @@ def _packed(site: dict[str, Any], symbols: _Symbols) -> Tensor:
     packed = log_prob.sum(others) if others else log_prob.clone()
     packed._pyro_dims = dims  # type: ignore[attr-defined]
     return packed
+
+
+def _tilted(factor: Tensor, tilt: Tensor, site: dict[str, Any], own: str, symbols: _Symbols) -> Tensor:
+    """Add to a latent's log density something for each of its values."""
+    dims = factor._pyro_dims  # type: ignore[attr-defined]
+    frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
+    result = factor + _aligned(tilt, "".join(map(symbols.of_plate, frames)) + own, dims)
+    result._pyro_dims = dims  # type: ignore[attr-defined]
+    return result
 
 
 def _scaled(term: Tensor, scale: Any) -> Tensor:

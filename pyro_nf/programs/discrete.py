@@ -1,0 +1,120 @@
+"""The posterior of the discrete latents that a density sums out, given the continuous ones."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_nf.programs.contraction import Choose, backward, categorical, contract, log_sum_exp
+from pyro_nf.programs.noise import running
+from pyro_nf.programs.sites import is_enumerated
+
+
+def draw_discrete(trace: poutine.Trace, choose: Choose = categorical) -> dict[str, Tensor]:
+    """Draw the discrete latents of a model's trace from their joint posterior, given everything else in it.
+
+    Args:
+        trace: The model's, in which they have all their values.
+        choose: How a value is chosen: `categorical` draws.
+
+    Returns:
+        Values, `{site: tensor}`, each of the site's own shape.
+    """
+    return _by_branch(trace, lambda branch: _drawn(branch, choose), choose)
+
+
+def discrete_probabilities(trace: poutine.Trace) -> dict[str, Tensor]:
+    """Return the marginal posterior probability of each value of the discrete latents, given everything else.
+
+    They are the derivatives of the log density by what is added to each value's own log density.
+
+    Args:
+        trace: The model's, in which the latents have all their values.
+
+    Returns:
+        `{site: (*plates, K)}`, the values in the order of `enumerate_support`.
+    """
+    return _by_branch(trace, _marginals, None)
+
+
+def _drawn(trace: poutine.Trace, choose: Choose) -> dict[str, Tensor]:
+    with running():
+        trace.compute_log_prob()
+        found = contract(trace, scaled=False)
+        indices = backward(found, choose)
+        return {name: _values(trace.nodes[name], index) for name, index in indices.items()}
+
+
+def _values(site: dict[str, Any], index: Tensor) -> Tensor:
+    """Return the values of a site at indices of its support, of its own shape."""
+    fn = site["fn"]
+    support = fn.enumerate_support(expand=False)
+    flat = support.reshape(len(support), *fn.event_shape)
+    plates = [frame for frame in site["cond_indep_stack"] if frame.vectorized]
+    depth = max((-frame.dim for frame in plates), default=0)
+    shape = [1] * depth
+    for frame in plates:
+        shape[frame.dim] = frame.size
+    index = index.reshape((1,) * (depth - index.dim()) + index.shape).expand(shape)
+    return flat[index]
+
+
+def _marginals(trace: poutine.Trace) -> dict[str, Tensor]:
+    tilts = {}
+    for name, site in trace.nodes.items():
+        if is_enumerated(site) and site["infer"].get("_enumerate_dim") is not None:
+            sizes = [
+                frame.size
+                for frame in sorted(site["cond_indep_stack"], key=lambda frame: frame.dim or 0)
+                if frame.vectorized
+            ]
+            like = torch.as_tensor(site["value"])
+            sizes.append(len(site["fn"].enumerate_support(expand=False)))
+            tilts[name] = torch.zeros(sizes, device=like.device, dtype=_dtype(trace))
+    with running():
+        trace.compute_log_prob()
+        function: Callable[[dict[str, Tensor]], Tensor] = lambda tilt: contract(trace, tilt, scaled=False).total()  # noqa: E731
+        found: dict[str, Tensor] = torch.func.grad(function)(tilts)
+    return found
+
+
+def _dtype(trace: poutine.Trace) -> torch.dtype:
+    found = [site["log_prob"].dtype for site in trace.nodes.values() if isinstance(site.get("log_prob"), Tensor)]
+    return found[0] if found else torch.get_default_dtype()
+
+
+def _by_branch(
+    trace: poutine.Trace, function: Callable[[poutine.Trace], dict[str, Tensor]], choose: Choose | None
+) -> dict[str, Tensor]:
+    """Do something in each of a trace's branches, and choose one of the results, or take their mean."""
+    branches = [trace, *getattr(trace, "branches", [])]
+    results = []
+    for branch in branches:
+        fixed = {
+            name: torch.as_tensor(site["value"])
+            for name, site in branch.nodes.items()
+            if is_enumerated(site) and site["infer"].get("_enumerate_dim") is None
+        }
+        summed = any(is_enumerated(site) and name not in fixed for name, site in branch.nodes.items())
+        result = function(branch) if summed else {}
+        for name, value in fixed.items():
+            support = branch.nodes[name]["fn"].enumerate_support(expand=False)
+            here = (support == value).reshape(len(support), -1).all(-1)
+            result[name] = value if choose is not None else here.to(_dtype(branch))
+        results.append(result)
+    if len(branches) == 1:
+        return results[0]
+    weights = []
+    for branch in branches:
+        with running():
+            branch.compute_log_prob()
+            weights.append(contract(branch, scaled=False).total())
+    log_weights = torch.stack(weights)
+    stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
+    if choose is not None:
+        chosen = choose(log_weights)
+        return {name: value.index_select(0, chosen.reshape(1))[0] for name, value in stacked.items()}
+    shares = (log_weights - log_sum_exp(log_weights, 0)).exp()
+    return {name: torch.tensordot(shares, value, 1) for name, value in stacked.items()}
