@@ -27,8 +27,8 @@ from pyro_nf.guides.latents import (
 from pyro_nf.guides.parameter_store import has_name, keep_entries, take_name, tensors, withdraw
 from pyro_nf.interface.arguments import Arguments, check_whole_number, unpacked
 from pyro_nf.programs.calls import takes_model_arguments
-from pyro_nf.programs.noise import running
 from pyro_nf.programs.enumeration import is_discrete
+from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
 

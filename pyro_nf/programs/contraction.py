@@ -47,18 +47,34 @@ class Elimination(NamedTuple):
     dims: str
 
 
+class Term(NamedTuple):
+    """A part of a log density: that of a site, or of sites that are linked by discrete latents, these summed out.
+
+    Attributes:
+        sites: Names of the sites.
+        plates: Names of the plates that it is a product over, in the order of `value`'s dimensions.
+        value: Without its scale, of the plates' sizes.
+        scale: By how much it counts.
+    """
+
+    sites: tuple[str, ...]
+    plates: tuple[str, ...]
+    value: Tensor
+    scale: Any
+
+
 class Contraction(NamedTuple):
     """What a sum over a trace's discrete latents came to.
 
     Attributes:
-        terms: Log densities left by plate context: `{names of plates: tensors of these plates' sizes}`.
+        terms: Parts of the log density, which add up to it.
         tape: The latents in the order in which they were summed out.
         symbols: `{site: the symbol of its dimension}`.
         plates: `{plate: its symbol}`.
         plate_dims: `{plate: its dimension in the model}`, negative.
     """
 
-    terms: dict[frozenset[str], list[Tensor]]
+    terms: list[Term]
     tape: list[Elimination]
     symbols: dict[str, str]
     plates: dict[str, str]
@@ -66,12 +82,10 @@ class Contraction(NamedTuple):
 
     def total(self) -> Tensor:
         """Return the log density, `()`."""
-        return torch.stack([term.sum() for terms in self.terms.values() for term in terms]).sum()
+        return torch.stack([_scaled(term.value.sum(), term.scale) for term in self.terms]).sum()
 
 
-def contract(
-    trace: poutine.Trace, tilt: dict[str, Tensor] | None = None, scaled: bool = True
-) -> Contraction:
+def contract(trace: poutine.Trace, tilt: dict[str, Tensor] | None = None, scaled: bool = True) -> Contraction:
     """Sum out the discrete latents of a model's trace whose log densities are computed.
 
     Scales, as of subsampled plates, multiply the logarithm of the sum; masks hide data inside it.
@@ -84,38 +98,58 @@ def contract(
     Raises:
         ValueError: If sites that depend on one latent have different scales, or a table is too large.
     """
-    sites = {name: site for name, site in trace.nodes.items() if is_latent(site) or is_data(site) or is_enumerated(site)}
+    sites = {
+        name: site for name, site in trace.nodes.items() if is_latent(site) or is_data(site) or is_enumerated(site)
+    }
     symbols = _Symbols()
     owners = {}
     for name, site in sites.items():
         if site["infer"].get("_enumerate_dim") is not None:
             owners[name] = symbols.of_latent(site["infer"]["_dim_to_id"][site["infer"]["_enumerate_dim"]])
     sums = set(owners.values())
-    factors: list[Tensor] = []
-    contexts: dict[int, frozenset[str]] = {}
-    scales: dict[str, tuple[str, Any]] = {}
-    terms: dict[frozenset[str], list[Tensor]] = defaultdict(list)
+    factors: list[_Factor] = []
+    alone: list[_Factor] = []
     for name, site in sites.items():
-        context = frozenset(frame.name for frame in site["cond_indep_stack"] if frame.vectorized)
-        factor = _packed(site, symbols)
+        plates = frozenset(symbols.of_plate(frame) for frame in site["cond_indep_stack"] if frame.vectorized)
+        value = _packed(site, symbols)
         if tilt is not None and name in tilt:
-            factor = _tilted(factor, tilt[name], site, owners[name], symbols)
-        if sums.isdisjoint(factor._pyro_dims):
-            terms[context].append(_scaled(factor, site["scale"] if scaled else 1.0))
-            continue
-        factors.append(factor)
-        contexts[id(factor)] = context
-        for dim in sums.intersection(factor._pyro_dims):
-            _check_scale(scales.setdefault(dim, (name, site["scale"])), name, site["scale"])
+            value = _tilted(value, tilt[name], site, owners[name], symbols)
+        factor = _Factor(name, value, plates, site["scale"])
+        (alone if sums.isdisjoint(factor.dims) else factors).append(factor)
+    names = {symbol: name for name, symbol in symbols.plates.items()}
+    terms = [_term([factor], factor.value, names) for factor in alone]
     ring = _Ring({dim: name for name, dim in owners.items()})
-    for component, scale in _components(factors, scales, sums):
+    for component in _components(factors, sums):
+        first = component[0]
+        for factor in component:
+            _check_scale(first, factor)
         tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
         for factor in component:
-            tree.setdefault(frozenset(symbols.plates[p] for p in contexts[id(factor)]), []).append(factor)
-        names = {symbol: name for name, symbol in symbols.plates.items()}
-        for ordinal, left in contract_tensor_tree(tree, set(sums), ring=ring).items():
-            terms[frozenset(names[symbol] for symbol in ordinal)] += [_scaled(term, scale if scaled else 1.0) for term in left]
-    return Contraction(dict(terms), ring.tape, owners, symbols.plates, symbols.plate_dims)
+            tree.setdefault(factor.plates, []).append(factor.value)
+        for left in contract_tensor_tree(tree, set(sums), ring=ring).values():
+            terms += [_term(component, value, names) for value in left]
+    if not scaled:
+        terms = [term._replace(scale=1.0) for term in terms]
+    return Contraction(terms, ring.tape, owners, symbols.plates, symbols.plate_dims)
+
+
+class _Factor(NamedTuple):
+    """The log density of a site, its dimensions named."""
+
+    name: str
+    value: Tensor
+    plates: frozenset[str]
+    scale: Any
+
+    @property
+    def dims(self) -> str:
+        dims: str = self.value._pyro_dims  # type: ignore[attr-defined]
+        return dims
+
+
+def _term(factors: Sequence[_Factor], value: Tensor, names: dict[str, str]) -> Term:
+    dims: str = value._pyro_dims  # type: ignore[attr-defined]
+    return Term(tuple(factor.name for factor in factors), tuple(names[dim] for dim in dims), value, factors[0].scale)
 
 
 class _Symbols:
@@ -189,20 +223,17 @@ def _scaled(term: Tensor, scale: Any) -> Tensor:
     return scaled
 
 
-def _check_scale(known: tuple[str, Any], name: str, scale: Any) -> None:
-    other, wanted = known
-    if scale is wanted or bool(torch.as_tensor(scale == wanted).all()):
+def _check_scale(one: _Factor, other: _Factor) -> None:
+    if one.scale is other.scale or bool(torch.as_tensor(one.scale == other.scale).all()):
         return
     raise ValueError(
-        f"sites {other!r} and {name!r} depend on one discrete latent and have different scales, so that its sum has "
-        "none: put the latent into the subsampled plate, or scale all that depends on it alike"
+        f"sites {one.name!r} and {other.name!r} depend on one discrete latent and have different scales, so that its "
+        "sum has none: put the latent into the subsampled plate, or scale all that depends on it alike"
     )
 
 
-def _components(
-    factors: Sequence[Tensor], scales: dict[str, tuple[str, Any]], sums: set[str]
-) -> Iterable[tuple[list[Tensor], Any]]:
-    """Yield the factors that are linked by latents, and their scale."""
+def _components(factors: Sequence[_Factor], sums: set[str]) -> list[list[_Factor]]:
+    """Return the factors that are linked by latents."""
     group: dict[str, str] = {}
 
     def root(dim: str) -> str:
@@ -212,17 +243,13 @@ def _components(
         return dim
 
     for factor in factors:
-        first, *others = sums.intersection(factor._pyro_dims)  # type: ignore[attr-defined]
+        first, *others = sums.intersection(factor.dims)
         for dim in others:
             group[root(dim)] = root(first)
-    found: dict[str, list[Tensor]] = defaultdict(list)
-    kept: dict[str, tuple[str, Any]] = {}
+    found: dict[str, list[_Factor]] = defaultdict(list)
     for factor in factors:
-        dim = min(sums.intersection(factor._pyro_dims))  # type: ignore[attr-defined]
-        found[root(dim)].append(factor)
-        _check_scale(kept.setdefault(root(dim), scales[dim]), *scales[dim])
-    for key, members in found.items():
-        yield members, kept[key][1]
+        found[root(min(sums.intersection(factor.dims)))].append(factor)
+    return list(found.values())
 
 
 class _Ring(LogRing):  # type: ignore[misc]
@@ -276,8 +303,8 @@ class _Ring(LogRing):  # type: ignore[misc]
         if table > _MAX_TABLE:
             others = sorted({self._names[d] for d in sizes if d in self._names})
             raise ValueError(
-                f"the sum over the discrete latents {', '.join(map(repr, others))} needs a table of {table:,} numbers a "
-                f"draw; {_MAX_TABLE:,} are the most: write a chain of latents with pyro.markov, put independent ones "
+                f"the sum over the discrete latents {', '.join(map(repr, others))} needs a table of {table:,} numbers "
+                f"a draw; {_MAX_TABLE:,} are the most: write a chain of latents with pyro.markov, put independent ones "
                 "into a plate, or take fewer values"
             )
         return table // sizes[dim]

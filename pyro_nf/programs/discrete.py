@@ -58,7 +58,8 @@ def _values(site: dict[str, Any], index: Tensor) -> Tensor:
     for frame in plates:
         shape[frame.dim] = frame.size
     index = index.reshape((1,) * (depth - index.dim()) + index.shape).expand(shape)
-    return flat[index]
+    values: Tensor = flat[index]
+    return values
 
 
 def _marginals(trace: poutine.Trace) -> dict[str, Tensor]:

@@ -179,7 +179,7 @@ def _check(name: str, site: dict[str, Any]) -> None:
     if undeclared:
         raise ValueError(
             f"site {name!r} is discrete and has the batch shape {tuple(batch)}, which no plate declares independent: "
-            f"sample it in `with pyro.plate(\"...\", {batch[undeclared[0]]}):`"
+            f'sample it in `with pyro.plate("...", {batch[undeclared[0]]}):`'
         )
     if fn.event_shape and not _is_one_hot(fn):
         raise ValueError(

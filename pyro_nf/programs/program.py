@@ -343,9 +343,7 @@ class BoundProgram:
             trace = run_model(self.model, spec.traces.guide, spec.enumeration)
         log_prob_sum(trace)
 
-    def _run(
-        self, noise: AbstractContextManager[Any] | None = None, enumeration: Enumeration = NOTHING
-    ) -> TracePair:
+    def _run(self, noise: AbstractContextManager[Any] | None = None, enumeration: Enumeration = NOTHING) -> TracePair:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace()
         return TracePair(guide_trace, run_model(self.model, guide_trace, enumeration))
@@ -378,12 +376,11 @@ def _inspect(pair: TracePair) -> dict[str, tuple[int, int]]:
     """Check that a pair can be fitted, and return its subsampled plates."""
     subsamples = {}
     for name, site in pair.model.nodes.items():
-        if is_latent(site):
-            if name not in pair.guide.nodes:
-                raise ValueError(
-                    f"the guide has no site for the model's latent {name!r}; it must sample every latent (data have to "
-                    "be passed to the model)"
-                )
+        if is_latent(site) and name not in pair.guide.nodes:
+            raise ValueError(
+                f"the guide has no site for the model's latent {name!r}; it must sample every latent (data have to be "
+                "passed to the model)"
+            )
     for trace in pair:
         for name, site in trace.nodes.items():
             if (sizes := subsampled(site)) is not None:

@@ -15,7 +15,7 @@ from pyro_nf.programs.contraction import contract, log_sum_exp
 from pyro_nf.programs.enumeration import NOTHING, Enumeration, run_enumerated
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.rewrites import is_batched
-from pyro_nf.programs.sites import is_data, is_enumerated, is_latent, local_plate, subsample_scale
+from pyro_nf.programs.sites import is_data, is_enumerated, is_latent, subsample_scale
 from pyro_nf.programs.validity import bounds, can_fail, demand, holds, is_checked, parameters, seen, support_of, unwrap
 
 
@@ -158,9 +158,8 @@ def local_log_prob(trace: poutine.Trace) -> Tensor:
     guide_log_prob(trace)
     if any(map(is_enumerated, trace.nodes.values())):
         with running():
-            (terms,) = contract(trace).terms.values()
-        frame = local_plate(trace)
-        return torch.stack([term / subsample_scale(frame) for term in terms]).sum(0)
+            terms = contract(trace).terms
+        return torch.stack([term.value.reshape(-1) for term in terms]).sum(0)
     total = torch.zeros(())
     for site in trace.nodes.values():
         if is_latent(site) or is_data(site):
