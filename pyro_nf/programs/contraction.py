@@ -2,7 +2,7 @@ r"""Sums over discrete latents: `log sum_z exp(sum of factors)`, in the order th
 
 Factors are the log densities of sites, with a dimension for each discrete latent that they depend on and for each plate
 that they stand in. Plates are products of independent factors, so sums inside a plate are done before the product over
-it (tensor variable elimination; Pyro's `contract_tensor_tree` walks the plates). Within one plate context latents are
+it (tensor variable elimination). Within one plate context latents are
 eliminated in rounds: in each round those that share no factor, with all that look alike as one batched operation. A
 chain of T latents, as `pyro.markov` makes, thus takes some log2(T) rounds.
 
@@ -16,21 +16,20 @@ References:
 
 import functools
 import math
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import opt_einsum
 import torch
 from pyro import poutine
-from pyro.ops.contract import contract_tensor_tree
-from pyro.ops.rings import LogRing
 from torch import Tensor
 
+from pyro_nf.programs.grouped import Row, row_of, rows_together
 from pyro_nf.programs.sites import is_data, is_enumerated, is_latent
 
-# Numbers in the largest table of a sum, for one draw.
-_MAX_TABLE = 2**22
+# Numbers in the largest table of a sum, for one draw, and in tables whose size does not matter.
+_MAX_TABLE, _SMALL_TABLE = 2**22, 2**10
 
 
 class Elimination(NamedTuple):
@@ -38,12 +37,14 @@ class Elimination(NamedTuple):
 
     Attributes:
         dim: Its symbol.
-        table: The sum of the factors that held it.
-        dims: Symbols of the table's dimensions; `dim` is one of them.
+        tables: Sums of the factors that held it, and of those that held others like it.
+        row: Which of the tables is its own.
+        dims: Symbols of a table's dimensions; `dim` is one of them.
     """
 
     dim: str
-    table: Tensor
+    tables: Tensor
+    row: int
     dims: str
 
 
@@ -111,45 +112,37 @@ def contract(trace: poutine.Trace, tilt: dict[str, Tensor] | None = None, scaled
     alone: list[_Factor] = []
     for name, site in sites.items():
         plates = frozenset(symbols.of_plate(frame) for frame in site["cond_indep_stack"] if frame.vectorized)
-        value = _packed(site, symbols)
+        row, dims = _packed(site, symbols)
         if tilt is not None and name in tilt:
-            value = _tilted(value, tilt[name], site, owners[name], symbols)
-        factor = _Factor(name, value, plates, site["scale"])
-        (alone if sums.isdisjoint(factor.dims) else factors).append(factor)
+            row = _tilted(row, dims, tilt[name], site, owners[name], symbols)
+        factor = _Factor((name,), row, dims, plates, site["scale"])
+        (alone if sums.isdisjoint(dims) else factors).append(factor)
     names = {symbol: name for name, symbol in symbols.plates.items()}
-    terms = [_term([factor], factor.value, names) for factor in alone]
-    ring = _Ring({dim: name for name, dim in owners.items()})
-    for component in _components(factors, sums):
-        first = component[0]
-        for factor in component:
-            _check_scale(first, factor)
-        tree: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for factor in component:
-            tree.setdefault(factor.plates, []).append(factor.value)
-        for left in contract_tensor_tree(tree, set(sums), ring=ring).values():
-            terms += [_term(component, value, names) for value in left]
-    if not scaled:
-        terms = [term._replace(scale=1.0) for term in terms]
-    return Contraction(terms, ring.tape, owners, symbols.plates, symbols.plate_dims)
+    eliminator = _Eliminator({dim: name for name, dim in owners.items()})
+    done = alone + [eliminator.component(component, sums) for component in _components(factors, sums)]
+    terms = [
+        Term(each.sites, tuple(names[dim] for dim in each.dims), each.row.value(), each.scale if scaled else 1.0)
+        for each in done
+    ]
+    return Contraction(terms, eliminator.tape, owners, symbols.plates, symbols.plate_dims)
 
 
 class _Factor(NamedTuple):
-    """The log density of a site, its dimensions named."""
+    """A log density of sites, its dimensions named.
 
-    name: str
-    value: Tensor
+    Attributes:
+        sites: Names of the sites.
+        row: The tensor.
+        dims: Its dimensions' symbols.
+        plates: Symbols of the plates that it stands in.
+        scale: By how much it counts.
+    """
+
+    sites: tuple[str, ...]
+    row: Row
+    dims: str
     plates: frozenset[str]
     scale: Any
-
-    @property
-    def dims(self) -> str:
-        dims: str = self.value._pyro_dims  # type: ignore[attr-defined]
-        return dims
-
-
-def _term(factors: Sequence[_Factor], value: Tensor, names: dict[str, str]) -> Term:
-    dims: str = value._pyro_dims  # type: ignore[attr-defined]
-    return Term(tuple(factor.name for factor in factors), tuple(names[dim] for dim in dims), value, factors[0].scale)
 
 
 class _Symbols:
@@ -178,22 +171,21 @@ class _Symbols:
         return symbol
 
 
-def _packed(site: dict[str, Any], symbols: _Symbols) -> Tensor:
-    """Return a site's log density, without its scale, its dimensions named; those of no plate are summed."""
-    log_prob = torch.as_tensor(site["unscaled_log_prob"])
+def _packed(site: dict[str, Any], symbols: _Symbols) -> tuple[Row, str]:
+    """Return a site's log density, without its scale, and its dimensions' symbols; those of no plate are summed."""
+    row = row_of(torch.as_tensor(site["unscaled_log_prob"]))
     mask = site["mask"]
     # A latent's own density stays whole: it sums to one where all that depends on it is masked.
-    if mask is not None and not is_enumerated(site):
-        shape = torch.broadcast_shapes(log_prob.shape, getattr(mask, "shape", ()))
-        log_prob = torch.where(torch.as_tensor(mask, device=log_prob.device), log_prob, 0.0).expand(shape)
+    if mask is not None and mask is not True and not is_enumerated(site):
+        value = row.value()
+        row = row_of(torch.where(torch.as_tensor(mask, device=value.device), value, 0.0))
     frames = {frame.dim: frame for frame in site["cond_indep_stack"] if frame.vectorized}
     ids = site["infer"].get("_dim_to_id", {})
-    rank = max([log_prob.dim(), *(-dim for dim in frames)])
-    log_prob = log_prob.reshape((1,) * (rank - log_prob.dim()) + log_prob.shape)
-    sizes = [frames[dim].size if dim in frames else log_prob.shape[dim] for dim in range(-rank, 0)]
-    log_prob = log_prob.expand(sizes)
-    kept: list[int] = []
-    dims = ""
+    own = tuple(row.shape)
+    rank = max([len(own), *(-dim for dim in frames)])
+    shape = (1,) * (rank - len(own)) + own
+    sizes = tuple(frames[dim].size if dim in frames else shape[dim] for dim in range(-rank, 0))
+    dims, kept = "", []
     for dim, size in zip(range(-rank, 0), sizes, strict=True):
         if dim in frames:
             dims += symbols.of_plate(frames[dim])
@@ -201,19 +193,14 @@ def _packed(site: dict[str, Any], symbols: _Symbols) -> Tensor:
         elif size > 1 and dim in ids:
             dims += symbols.of_latent(ids[dim])
             kept.append(dim)
-    others = [dim for dim in range(-rank, 0) if dim not in kept]
-    packed = log_prob.sum(others) if others else log_prob.clone()
-    packed._pyro_dims = dims  # type: ignore[attr-defined]
-    return packed
+    others = tuple(dim for dim in range(-rank, 0) if dim not in kept)
+    return row.packed(shape, sizes, others), dims
 
 
-def _tilted(factor: Tensor, tilt: Tensor, site: dict[str, Any], own: str, symbols: _Symbols) -> Tensor:
+def _tilted(row: Row, dims: str, tilt: Tensor, site: dict[str, Any], own: str, symbols: _Symbols) -> Row:
     """Add to a latent's log density something for each of its values."""
-    dims = factor._pyro_dims  # type: ignore[attr-defined]
     frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    result = factor + _aligned(tilt, "".join(map(symbols.of_plate, frames)) + own, dims)
-    result._pyro_dims = dims  # type: ignore[attr-defined]
-    return result
+    return row_of(row.value() + _aligned(tilt, "".join(map(symbols.of_plate, frames)) + own, dims))
 
 
 def _scaled(term: Tensor, scale: Any) -> Tensor:
@@ -227,7 +214,7 @@ def _check_scale(one: _Factor, other: _Factor) -> None:
     if one.scale is other.scale or bool(torch.as_tensor(one.scale == other.scale).all()):
         return
     raise ValueError(
-        f"sites {one.name!r} and {other.name!r} depend on one discrete latent and have different scales, so that its "
+        f"sites {one.sites[0]!r} and {other.sites[0]!r} depend on one discrete latent and have different scales, so that its "
         "sum has none: put the latent into the subsampled plate, or scale all that depends on it alike"
     )
 
@@ -252,37 +239,76 @@ def _components(factors: Sequence[_Factor], sums: set[str]) -> list[list[_Factor
     return list(found.values())
 
 
-class _Ring(LogRing):  # type: ignore[misc]
-    """Sums of products in logarithms, noted on a tape."""
+class _Eliminator:
+    """Sums products of factors over latents, and notes on a tape what it did.
+
+    Attributes:
+        tape: The latents in the order in which they were summed out.
+    """
 
     def __init__(self, names: dict[str, str]) -> None:
-        super().__init__()
         self._names = names
         self.tape: list[Elimination] = []
 
-    def sumproduct(self, terms: Sequence[Tensor], dims: Iterable[str]) -> Tensor:
-        """Multiply terms, and sum out dimensions."""
-        left: list[tuple[Tensor, str]] = [(term, term._pyro_dims) for term in terms]  # type: ignore[attr-defined]
-        pending = set(dims)
+    def component(self, factors: Sequence[_Factor], sums: set[str]) -> _Factor:
+        """Sum out all latents of factors that are linked by them, from the innermost plates outwards."""
+        for factor in factors:
+            _check_scale(factors[0], factor)
+        tree: dict[frozenset[str], list[_Factor]] = defaultdict(list)
+        context: dict[str, frozenset[str]] = {}
+        for factor in factors:
+            tree[factor.plates].append(factor)
+            for dim in sums.intersection(factor.dims):
+                context[dim] = context.get(dim, factor.plates) & factor.plates
+        root = frozenset.intersection(*tree)
+        while True:
+            leaf = max(tree, key=lambda plates: (len(plates), sorted(plates)))
+            here = tree.pop(leaf)
+            if leaf == root and not tree:
+                break
+            local = {dim for dim, plates in context.items() if plates == leaf}
+            for group in _components(here, local) if local else [[factor] for factor in here]:
+                summed = self._sum(group, local)
+                pending = [context[dim] for dim in sums.intersection(summed.dims)]
+                parent = frozenset().union(*pending) if pending else root
+                if not parent < leaf:
+                    self._refuse_plates(group)
+                tree[parent].append(_product(summed, leaf - parent))
+        found = self._sum(here, set(context))
+        return found._replace(sites=tuple(dict.fromkeys(name for each in factors for name in each.sites)))
+
+    def _refuse_plates(self, group: Sequence[_Factor]) -> None:
+        raise ValueError(
+            f"site {group[0].sites[0]!r} depends on discrete latents of several plates, neither inside the other, whose "
+            "sum does not factorize: make one of these plates a loop, `for i in pyro.plate(...)`, if it is short"
+        )
+
+    def _sum(self, factors: Sequence[_Factor], dims: set[str]) -> _Factor:
+        """Multiply factors of one plate context, and sum out dimensions."""
+        left = [(factor.row, factor.dims) for factor in factors]
+        pending = dims.intersection("".join(factor.dims for factor in factors))
         while pending:
             left = self._round(left, pending)
         out = "".join(sorted(set("".join(dims for _, dims in left))))
-        result = functools.reduce(torch.add, [_aligned(term, dims, out) for term, dims in left])
-        result = result.expand([_size(left, dim) for dim in out]).clone()
-        result._pyro_dims = out  # type: ignore[attr-defined]
-        return result
+        sizes = {dim: size for row, dims in left for dim, size in zip(dims, row.shape, strict=True)}
+        value = functools.reduce(torch.add, [_aligned(row.value(), dims, out) for row, dims in left])
+        row = row_of(value.expand([sizes[dim] for dim in out]))
+        sites = tuple(name for factor in factors for name in factor.sites)
+        return _Factor(sites, row, out, factors[0].plates, factors[0].scale)
 
-    def _round(self, terms: list[tuple[Tensor, str]], pending: set[str]) -> list[tuple[Tensor, str]]:
+    def _round(self, terms: list[tuple[Row, str]], pending: set[str]) -> list[tuple[Row, str]]:
         """Eliminate latents that share no factor, the cheapest ones; take them from `pending`."""
         holders: dict[str, list[int]] = {dim: [] for dim in sorted(pending)}
         for number, (_, dims) in enumerate(terms):
             for dim in pending.intersection(dims):
                 holders[dim].append(number)
         costs = {dim: self._cost(dim, [terms[i] for i in held]) for dim, held in holders.items()}
-        limit = min(costs.values())
+        # What is small costs the same as what is smallest: a chain is eliminated from all over, not from its ends.
+        limit = max(min(costs.values()), _SMALL_TABLE)
         taken: set[int] = set()
         alike: dict[Any, list[tuple[str, list[int], str]]] = defaultdict(list)
-        for dim, held in holders.items():
+        for dim in sorted(holders, key=lambda dim: costs[dim]):
+            held = holders[dim]
             if costs[dim] > limit or not taken.isdisjoint(held):
                 continue
             taken.update(held)
@@ -292,13 +318,13 @@ class _Ring(LogRing):  # type: ignore[misc]
             order = dim + order.replace(dim, "")
             pattern = tuple((tuple(map(order.index, terms[i][1])), terms[i][0].shape, terms[i][0].dtype) for i in held)
             alike[pattern].append((dim, held, order))
-        made: list[tuple[Tensor, str]] = []
+        made: list[tuple[Row, str]] = []
         for members in alike.values():
             made += self._eliminate(members, terms)
         return [term for number, term in enumerate(terms) if number not in taken] + made
 
-    def _cost(self, dim: str, held: list[tuple[Tensor, str]]) -> int:
-        sizes = {d: n for term, dims in held for d, n in zip(dims, term.shape, strict=True)}
+    def _cost(self, dim: str, held: list[tuple[Row, str]]) -> int:
+        sizes = {d: n for row, dims in held for d, n in zip(dims, row.shape, strict=True)}
         table = math.prod(sizes.values())
         if table > _MAX_TABLE:
             others = sorted({self._names[d] for d in sizes if d in self._names})
@@ -310,26 +336,35 @@ class _Ring(LogRing):  # type: ignore[misc]
         return table // sizes[dim]
 
     def _eliminate(
-        self, members: list[tuple[str, list[int], str]], terms: list[tuple[Tensor, str]]
-    ) -> list[tuple[Tensor, str]]:
+        self, members: list[tuple[str, list[int], str]], terms: list[tuple[Row, str]]
+    ) -> list[tuple[Row, str]]:
         """Sum out latents whose factors have the same shapes, as one batched operation."""
         _, first, order = members[0]
         parts = []
         for place, number in enumerate(first):
             positions = [order.index(dim) for dim in terms[number][1]]
-            stacked = torch.stack([terms[held[place]][0] for _, held, _ in members])
+            together = rows_together([terms[held[place]][0] for _, held, _ in members])
             shape = [1] * len(order)
-            permuted = stacked.permute(0, *(1 + i for i in sorted(range(len(positions)), key=positions.__getitem__)))
+            permuted = together.permute(0, *(1 + i for i in sorted(range(len(positions)), key=positions.__getitem__)))
             for position, size in zip(sorted(positions), permuted.shape[1:], strict=True):
                 shape[position] = size
-            parts.append(permuted.reshape(len(members), *shape))
-        table = functools.reduce(torch.add, parts)
-        summed = log_sum_exp(table, 1)
+            parts.append(permuted.reshape(len(together), *shape))
+        tables = functools.reduce(torch.add, parts)
+        summed = log_sum_exp(tables, 1)
         result = []
-        for row, (dim, _, labels) in enumerate(members):
-            self.tape.append(Elimination(dim, table[row], labels))
-            result.append((summed[row], labels[1:]))
+        for number, (dim, _, labels) in enumerate(members):
+            row = number if len(tables) > 1 else 0  # one table for all, where all have the same factors
+            self.tape.append(Elimination(dim, tables, row, labels))
+            result.append((Row(summed, row), labels[1:]))
         return result
+
+
+def _product(factor: _Factor, plates: frozenset[str]) -> _Factor:
+    """Multiply the factors of independent elements of plates."""
+    places = [place for place, dim in enumerate(factor.dims) if dim in plates]
+    rest = "".join(dim for dim in factor.dims if dim not in plates)
+    row = row_of(factor.row.value().sum(places)) if places else factor.row
+    return factor._replace(row=row, dims=rest, plates=factor.plates - plates)
 
 
 def log_sum_exp(values: Tensor, dim: int) -> Tensor:
@@ -345,10 +380,6 @@ def _aligned(term: Tensor, dims: str, out: str) -> Tensor:
     term = term.permute([dims.index(dim) for dim in out if dim in dims])
     sizes = iter(term.shape)
     return term.reshape([next(sizes) if dim in dims else 1 for dim in out])
-
-
-def _size(terms: list[tuple[Tensor, str]], dim: str) -> int:
-    return next(term.shape[dims.index(dim)] for term, dims in terms if dim in dims)
 
 
 Choose = Callable[[Tensor], Tensor]
@@ -373,7 +404,8 @@ def backward(found: Contraction, choose: Choose = categorical) -> dict[str, Tens
     """
     plates = {symbol: name for name, symbol in found.plates.items()}
     chosen: dict[str, tuple[Tensor, str]] = {}
-    for dim, table, dims in reversed(found.tape):
+    for dim, tables, row, dims in reversed(found.tape):
+        table = tables[row]
         for other in [d for d in dims if d in chosen]:
             table, dims = _at(table, dims, other, *chosen[other])
         place = dims.index(dim)

@@ -7,7 +7,7 @@ broadcasts, and `Vindex` is accepted and not needed. `contraction` sums the valu
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_nf.programs._pyro import is_subsample
+from pyro_nf.programs.sharing import InPlace, Shared
 
 # Values of sequential sites together: each is a run of the model.
 _MAX_RUNS = 1024
@@ -106,11 +107,28 @@ def run_enumerated(
         fixed: Values of those that take one a run.
     """
     run = model if latents is None else poutine.replay(model, trace=latents)
+    if not enumeration.parallel:
+        with poutine.trace() as capture, _Marked(set(), fixed):
+            run()
+        return capture.trace
+    shared: Shared | None = Shared()
+    try:
+        trace = _enumerated(run, enumeration, fixed, shared)
+    except InPlace:
+        shared = None
+        trace = _enumerated(run, enumeration, fixed, None)
+    trace.shared = shared
+    return trace
+
+
+def _enumerated(
+    run: Callable[[], Any], enumeration: Enumeration, fixed: dict[str, Tensor], shared: Shared | None
+) -> poutine.Trace:
     with ExitStack() as stack:
         trace = stack.enter_context(poutine.trace())
-        if enumeration.parallel:
-            stack.enter_context(EnumMessenger(first_available_dim=enumeration.first_dim))
+        stack.enter_context(EnumMessenger(first_available_dim=enumeration.first_dim))
         stack.enter_context(_Marked(set(enumeration.parallel), fixed))
+        stack.enter_context(shared or nullcontext())
         run()
     return trace.trace
 

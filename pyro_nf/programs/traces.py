@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.distributions import biject_to
 
 from pyro_nf.programs.contraction import contract, log_sum_exp
 from pyro_nf.programs.enumeration import NOTHING, Enumeration, run_enumerated
+from pyro_nf.programs.grouped import compute_log_prob
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.rewrites import is_batched
 from pyro_nf.programs.sites import is_data, is_enumerated, is_latent, subsample_scale
@@ -80,10 +82,13 @@ def _summed(trace: poutine.Trace, has_coordinates: bool) -> Tensor:
     """`log_prob_sum` of a single trace."""
     with running():
         usable = [inside for *_, inside in _validity(trace, latents=not has_coordinates)]
-    total = guide_log_prob(trace)
     if any(map(is_enumerated, trace.nodes.values())):
         with running():
+            with getattr(trace, "shared", None) or nullcontext():
+                compute_log_prob(trace)
             total = contract(trace).total()
+    else:
+        total = guide_log_prob(trace)
     if not usable:
         return total
     return torch.where(functools.reduce(torch.logical_and, usable), total, -math.inf)

@@ -1,0 +1,230 @@
+"""A run of a model in which what is computed twice from the same tensors is computed once.
+
+A loop over the steps of a chain computes for each step what is the same for all: the transition probabilities at all
+values of a latent, say. Under `Shared` the second computation returns the first one's tensor. So a step costs what is
+its own, and a recorded graph of a thousand steps is hardly longer than that of ten.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Functions of tensors that depend on nothing but their arguments, and change none of them.
+_PURE = frozenset(
+    [
+        "__getitem__",
+        "__add__",
+        "__radd__",
+        "__sub__",
+        "__rsub__",
+        "__mul__",
+        "__rmul__",
+        "__truediv__",
+        "__rtruediv__",
+        "__div__",
+        "__rdiv__",
+        "__pow__",
+        "__rpow__",
+        "__neg__",
+        "__eq__",
+        "__ne__",
+        "__lt__",
+        "__le__",
+        "__gt__",
+        "__ge__",
+        "__matmul__",
+        "__rmatmul__",
+        "__and__",
+        "__or__",
+        "__invert__",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "true_divide",
+        "pow",
+        "neg",
+        "exp",
+        "expm1",
+        "log",
+        "log1p",
+        "sqrt",
+        "rsqrt",
+        "square",
+        "abs",
+        "sin",
+        "cos",
+        "tanh",
+        "sigmoid",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "logsigmoid",
+        "softplus",
+        "relu",
+        "lgamma",
+        "digamma",
+        "reciprocal",
+        "clamp",
+        "clamp_min",
+        "clamp_max",
+        "maximum",
+        "minimum",
+        "where",
+        "sum",
+        "mean",
+        "prod",
+        "cumsum",
+        "cumprod",
+        "amax",
+        "amin",
+        "reshape",
+        "view",
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "squeeze",
+        "permute",
+        "transpose",
+        "movedim",
+        "flatten",
+        "unflatten",
+        "contiguous",
+        "stack",
+        "cat",
+        "gather",
+        "index_select",
+        "arange",
+        "linspace",
+        "full",
+        "zeros",
+        "ones",
+        "eye",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_tensor",
+        "broadcast_tensors",
+        "broadcast_to",
+        "to",
+        "long",
+        "float",
+        "double",
+        "int",
+        "bool",
+        "type_as",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "logical_and",
+        "logical_or",
+        "logical_not",
+        "isnan",
+        "isfinite",
+        "isinf",
+        "all",
+        "any",
+        "matmul",
+        "mm",
+        "mv",
+        "dot",
+        "outer",
+        "einsum",
+        "diagonal",
+        "tril",
+        "triu",
+        "flip",
+        "roll",
+        "repeat",
+        "chunk",
+        "split",
+        "unbind",
+        "select",
+        "narrow",
+        "log_prob",
+        "xlogy",
+        "floor",
+        "ceil",
+        "round",
+        "remainder",
+        "one_hot",
+        "as_tensor",
+        "tensor_split",
+        "bmm",
+        "logaddexp",
+    ]
+)
+
+
+class InPlace(Exception):
+    """A model writes into a tensor that may stand for others: it has to run without `Shared`."""
+
+
+class Shared(TorchFunctionMode):
+    """Return for pure functions of the same tensors the same result, kept as long as this lives.
+
+    Raises:
+        InPlace: If a tensor that was returned more than once is written to.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._results: dict[Any, Any] = {}
+        self._kept: list[Any] = []
+        self._twice: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in _PURE and "out" not in kwargs:
+            key = self._key((func, args, kwargs))
+            if key is not None:
+                if key in self._results:
+                    result = self._results[key]
+                    self._twice.update(
+                        id(part) for part in (result if isinstance(result, (tuple, list)) else (result,))
+                    )
+                    return result
+                result = func(*args, **kwargs)
+                self._results[key] = result
+                self._kept.append((args, kwargs))  # an `id` is one only while its tensor lives
+                return result
+        elif _writes(name) or "out" in kwargs:
+            target = kwargs.get("out", args[0] if args else None)
+            if id(target) in self._twice:
+                raise InPlace
+        return func(*args, **kwargs)
+
+    def _key(self, value: Any) -> Any:
+        """Return what tells a call from others, `None` for one with arguments of other kinds."""
+        try:
+            return self._described(value)
+        except TypeError:
+            return None
+
+    def _described(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Tensor, id(value), value._version
+        if isinstance(value, (tuple, list)):
+            return type(value), tuple(map(self._described, value))
+        if isinstance(value, dict):
+            return dict, tuple((name, self._described(item)) for name, item in value.items())
+        if isinstance(value, slice):
+            return slice, self._described((value.start, value.stop, value.step))
+        if value is None or value is ... or callable(value):
+            return value
+        if isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
+            return type(value), value
+        raise TypeError
+
+
+def _writes(name: str) -> bool:
+    return name == "__setitem__" or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
