@@ -214,8 +214,8 @@ def _check_scale(one: _Factor, other: _Factor) -> None:
     if one.scale is other.scale or bool(torch.as_tensor(one.scale == other.scale).all()):
         return
     raise ValueError(
-        f"sites {one.sites[0]!r} and {other.sites[0]!r} depend on one discrete latent and have different scales, so that its "
-        "sum has none: put the latent into the subsampled plate, or scale all that depends on it alike"
+        f"sites {one.sites[0]!r} and {other.sites[0]!r} depend on one discrete latent and have different scales, so "
+        "that its sum has none: put the latent into the subsampled plate, or scale all that depends on it alike"
     )
 
 
@@ -279,8 +279,9 @@ class _Eliminator:
 
     def _refuse_plates(self, group: Sequence[_Factor]) -> None:
         raise ValueError(
-            f"site {group[0].sites[0]!r} depends on discrete latents of several plates, neither inside the other, whose "
-            "sum does not factorize: make one of these plates a loop, `for i in pyro.plate(...)`, if it is short"
+            f"site {group[0].sites[0]!r} depends on discrete latents of several plates, neither inside the other, so "
+            "that their sum does not factorize: make one of these plates a loop, `for i in pyro.plate(...)`, if it is "
+            "short"
         )
 
     def _sum(self, factors: Sequence[_Factor], dims: set[str]) -> _Factor:

@@ -30,7 +30,7 @@ _PLAIN = (
 
 
 def compute_log_prob(trace: poutine.Trace) -> None:
-    """Compute the log densities of a trace's sites, as `Trace.compute_log_prob` does, those that look alike together."""
+    """Compute the log densities of a trace's sites as `Trace.compute_log_prob` does, those that look alike together."""
     alike: dict[Any, list[str]] = defaultdict(list)
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and "log_prob" not in site and type(site["fn"]) in _PLAIN:
