@@ -143,7 +143,7 @@ class OwnWarmUp(ELBO):
             log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
             return {"elbo": (log_p - log_q).detach(), "surrogate": self.strength * log_p - log_q}
 
-        found = program.map(terms, draws, args, kwargs)
+        found = program.bind(*args, **kwargs).vmap_traces(terms, draws)
         return found["elbo"].mean(), found["surrogate"].mean()
 
 

@@ -318,10 +318,10 @@ def reference(draws: list[list[Randomness]], data: list[list[Any]]) -> torch.Ten
 def stream(rank: int, args: Any, num_looks: int | None, num_drawn: int, block: int) -> list[Randomness]:
     """The draws of one of the two processes: after those of the first evaluation, those of the steps, in blocks."""
     program = Program(regression, hand_written)
-    program.structure(args, {})
+    program.bind(*args).spec
     torch.manual_seed(SEED + rank)
-    program.draw(num_drawn, args, {}, num_looks)
-    blocks = [program.draw(PARTICLES // 2, args, {}, block) for _ in range(5 * EVERY // block)]
+    program.bind(*args).draw(num_drawn, num_looks)
+    blocks = [program.bind(*args).draw(PARTICLES // 2, block) for _ in range(5 * EVERY // block)]
     return [draws.step(i) for draws in blocks for i in range(block)]
 
 
