@@ -217,7 +217,9 @@ def test_the_bound_of_minibatches_is_scaled_up():
     for size in (12, 3):
         program = Program(model, guide)
         kwargs = {"batch_size": size}
-        values.append(float(IWELBO(200).estimate(program.bind(data, **kwargs), program.bind(data, **kwargs).draw(4000))[0]))
+        values.append(
+            float(IWELBO(200).estimate(program.bind(data, **kwargs), program.bind(data, **kwargs).draw(4000))[0])
+        )
     assert values[0] == pytest.approx(values[1], abs=0.15)
 
 
