@@ -201,7 +201,7 @@ def verdict(work, kind, seed):
         "mean shift": found.mean_shift,
         "sd ratio": found.sd_ratio,
         "Stein": found.stein_residual,
-        "left out": found.left_out,
+        "left out": found.missed_mass,
         "reasons": " ".join(found.reasons),
     }
 

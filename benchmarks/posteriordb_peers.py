@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from pyro import poutine
 
-from pyro_nf.diagnostics.weights import summarise
+from pyro_nf.diagnostics.weights import summarize
 from pyro_nf.programs.coordinates import model_log_density
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
@@ -152,7 +152,7 @@ def weigh(posterior, draws):
     log_density = torch.func.vmap(log_density_of(posterior))
     with torch.no_grad():
         log_p = torch.cat([log_density(part) for part in torch.from_numpy(points).split(NUM_SAMPLES // 10)])
-    return summarise((log_p.numpy() - draws.log_q).reshape(NUM_SETS, NUM_SAMPLES))
+    return summarize((log_p.numpy() - draws.log_q).reshape(NUM_SETS, NUM_SAMPLES))
 
 
 def log_density_of(posterior):

@@ -66,7 +66,7 @@ def start_at_modes(
         approximation: Where to begin: an identity network, a `WhitenedAffine`.
         density: The model's.
         num_starts: Runs of L-BFGS, the first from where the approximation is, the others from random points.
-        report: Is told after each evaluation; false ends the climbs where they are.
+        report: Is told after each evaluation; false ends the L-BFGS runs where they are.
 
     Returns:
         What was found, and the approximation on the modes.

@@ -8,11 +8,12 @@ from torch import Tensor
 
 from pyro_nf.approximations.density import Density
 from pyro_nf.approximations.modes import cholesky_of
+from pyro_nf.approximations.natural_gradient import Rates, antithetic_normals, cut, normal_log_prob
 from pyro_nf.interface.waits import Report, silent
 
 # Draws of a step, in pairs of opposite sign, more where there are many coordinates; steps at the full rate, and steps
 # whose rates fall, which average.
-_NUM_DRAWS, _NUM_STEPS, _NUM_AVERAGED, _RATE = 128, 15, 25, 0.5
+_NUM_DRAWS, _RATES = 128, Rates(num_steps=15, num_averaged=25)
 # A step changes no variance by more than this factor, and moves by no more than this many standard deviations.
 _MAX_FACTOR, _MAX_MOVE = 4.0, 2.0
 # Longer residuals, in root mean squares of a normal's, are of draws far in a tail, and cut.
@@ -49,12 +50,10 @@ def nearest_normal(
     elbos: list[Tensor] = []
     best = _Passed(-math.inf, math.inf, loc, scale_tril)
     pairs = max(_NUM_DRAWS // 2, 2 * dim)
-    for step in range(_NUM_STEPS + _NUM_AVERAGED):
-        rate = _RATE if step < _NUM_STEPS else 1 / (step - _NUM_STEPS + 1 / _RATE)
-        noise = torch.randn(pairs, dim, dtype=loc.dtype, device=loc.device)
-        noise = torch.cat([noise, -noise])
+    for step in range(_RATES.total):
+        rate, noise = _RATES[step], antithetic_normals(pairs, loc)
         gradients, values = density.gradients(loc + noise @ scale_tril.mT)
-        log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
+        log_q = normal_log_prob(noise, scale_tril)
         here = _passed(values - log_q, loc, scale_tril)
         best = here if here.elbo > best.elbo else best
         elbos.append((values - log_q).mean())
@@ -71,7 +70,7 @@ def nearest_normal(
         move = move * (_MAX_MOVE / move.norm()).clamp(max=1)
         loc = loc + scale_tril @ move
         scale_tril = cholesky_of(scale_tril @ vectors / precision.sqrt())
-        if not report("natural gradients", step + 1, _NUM_STEPS + _NUM_AVERAGED, here.elbo):
+        if not report("natural gradients", step + 1, _RATES.total, here.elbo):
             break
     if best.elbo - here.elbo > 3 * math.hypot(best.mcse, here.mcse):
         loc, scale_tril = best.loc, best.scale_tril
@@ -90,10 +89,3 @@ class _Passed(NamedTuple):
 def _passed(log_weights: Tensor, loc: Tensor, scale_tril: Tensor) -> _Passed:
     elbo, mcse = float(log_weights.mean()), float(log_weights.std()) / math.sqrt(len(log_weights))
     return _Passed(elbo if math.isfinite(elbo) else -math.inf, mcse if math.isfinite(mcse) else 0.0, loc, scale_tril)
-
-
-def cut(residual: Tensor, values: Tensor, longest: float) -> Tensor:
-    """Shorten residuals, `(num_points, dim)`, to a root mean square; to 0 where they or values are not finite."""
-    length = residual.square().mean(-1, keepdim=True).sqrt()
-    usable = length.isfinite() & values.isfinite()[:, None]
-    return torch.where(usable, residual * (longest / length).clamp(max=1), 0.0)

@@ -1,4 +1,8 @@
-"""Modes of a posterior, found by several runs of L-BFGS, with a normal around each: where a fit begins."""
+"""Modes of a posterior by multistart L-BFGS, with a Laplace approximation at each: where a fit begins.
+
+Pathfinder (Zhang, Carpenter, Gelman, Vehtari 2022, arXiv:2108.03782), a near relative, takes its normals from L-BFGS's
+own estimates of the curvature along the way; here a run is followed to its end, and the Hessian there is computed.
+"""
 
 import math
 import threading
@@ -11,6 +15,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from pyro_nf.approximations.density import Ask, Density, Together
+from pyro_nf.approximations.natural_gradient import normal_log_prob
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.interface.waits import Report, silent
 
@@ -25,7 +30,7 @@ _LEVEL = 0.1
 # A mode with less of the evidence than this is left out.
 _NEGLIGIBLE = 1e-3
 _NUM_DRAWS = 500
-# Of L-BFGS: a climb into the neck of a funnel has no end.
+# Of L-BFGS: an L-BFGS run into the neck of a funnel has no end.
 _MAX_ITERATIONS = 200
 
 
@@ -91,20 +96,20 @@ def find_starts(density: Density, posterior: FlowDistribution, points: Tensor, r
     """Climb from each point, and return the modes whose normals have a higher ELBO than the guide's own.
 
     A normal at a mode can be far worse than any other start: the density of a centred hierarchy has no bound, and
-    climbs end where all groups are equal. Hence the ELBO decides.
+    L-BFGS runs end where all groups are equal. Hence the ELBO decides.
 
     Args:
         density: The model's.
         posterior: The guide's, as it is.
         points: Where to start, `(num_runs, dim)`.
-        report: Is told after each evaluation; false ends the climbs where they are.
+        report: Is told after each evaluation; false ends the L-BFGS runs where they are.
     """
     num_evaluations = 0
 
     def advance(ended: int) -> bool:
         nonlocal num_evaluations
         num_evaluations += not ended
-        return report("climbs", min(num_evaluations, _MAX_ITERATIONS), _MAX_ITERATIONS, math.nan)
+        return report("L-BFGS runs", min(num_evaluations, _MAX_ITERATIONS), _MAX_ITERATIONS, math.nan)
 
     draws = posterior.sample((_NUM_DRAWS,))
     before = _mean(density.values(draws) - posterior.log_prob(draws))
@@ -120,11 +125,11 @@ def find_modes(density: Density, points: Tensor, advance: Callable[[int], object
     Args:
         density: The model's.
         points: Where to start.
-        advance: Called with the number of climbs that have ended since, at each evaluation too, with 0; what returns
-            `False` ends the climbs where they are.
+        advance: Called with the number of runs that have ended since, at each evaluation too, with 0; what returns
+            `False` ends the runs where they are.
     """
     found: list[Mode] = []
-    for loc in _climb(density, points, advance):
+    for loc in _run_lbfgs(density, points, advance):
         if _joins(found, loc):
             continue
         if found and advance(0) is False:
@@ -133,7 +138,7 @@ def find_modes(density: Density, points: Tensor, advance: Callable[[int], object
         if scale_tril is None:
             continue
         scale_tril = scale_tril.to(loc)
-        # A step of Newton's method, for climbs slow down where scales differ by orders of magnitude.
+        # A step of Newton's method, for L-BFGS runs slow down where scales differ by orders of magnitude.
         both = torch.stack([loc, loc + scale_tril @ (scale_tril.mT @ density.gradients(loc[None])[0][0])])
         slopes, values = density.gradients(both)
         better = int(values[1] > values[0])
@@ -164,7 +169,7 @@ def starting_points(num_points: int, like: Tensor) -> Tensor:
     return torch.stack([points, -points], 1).flatten(0, 1)[:num_points]
 
 
-def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -> Tensor:
+def _run_lbfgs(density: Density, points: Tensor, advance: Callable[[int], object]) -> Tensor:
     """Return where L-BFGS ends from each point, `(num_runs, dim)`; the runs take their gradients together."""
     over = threading.Event()
 
@@ -177,7 +182,7 @@ def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -
         if over.is_set():
             raise StopIteration  # which ends a run of L-BFGS where it is
 
-    def climb(number: int, gradients: Ask) -> Tensor:
+    def run(number: int, gradients: Ask) -> Tensor:
         def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
             gradient, value = gradients(torch.as_tensor(x).to(points))
             if not (value.isfinite() and gradient.isfinite().all()):
@@ -192,7 +197,7 @@ def _climb(density: Density, points: Tensor, advance: Callable[[int], object]) -
             advance(1)
         return torch.as_tensor(result.x).to(points)
 
-    return torch.stack(Together(evaluate).run(climb, len(points)))
+    return torch.stack(Together(evaluate).run(run, len(points)))
 
 
 def _scale_tril(hessian: Tensor) -> Tensor | None:
@@ -222,8 +227,7 @@ def normal_elbo(density: Density, loc: Tensor, scale_tril: Tensor) -> float:
     """Return the ELBO of a normal, from some hundred draws."""
     noise = torch.randn(_NUM_DRAWS, len(loc), dtype=loc.dtype, device=loc.device)
     # With the draws' own density, not its mean, the entropy: what is normal has no Monte Carlo error then.
-    log_q = -0.5 * (noise.square() + math.log(2 * math.pi)).sum(-1) - scale_tril.diagonal().log().sum()
-    return _mean(density.values(loc + noise @ scale_tril.mT) - log_q)
+    return _mean(density.values(loc + noise @ scale_tril.mT) - normal_log_prob(noise, scale_tril))
 
 
 def _mean(values: Tensor) -> float:

@@ -1,18 +1,17 @@
 """The triangular map of a normal that is nearest to a posterior, by natural gradients."""
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_nf.approximations.density import Density
-from pyro_nf.approximations.gaussian import cut
+from pyro_nf.approximations.natural_gradient import Rates, antithetic_normals, cut, normal_log_prob
 from pyro_nf.flows import QuadraticTriangularMap
 from pyro_nf.interface.waits import Report, silent
 
 # Draws of a step; steps at the full rate, and steps whose rates fall, which average; draws that set the order.
-_NUM_DRAWS, _NUM_STEPS, _NUM_AVERAGED, _RATE, _NUM_ORDER = 256, 15, 15, 0.5, 2048
+_NUM_DRAWS, _RATES, _NUM_ORDER = 256, Rates(num_steps=15, num_averaged=15), 2048
 # A step moves draws by no more than this, in standard deviations, by root mean square.
 _MAX_MOVE = 0.3
 # Longer residuals, in root mean squares of a normal's, are of draws far in a tail, and cut.
@@ -49,13 +48,12 @@ def nearest_triangular(
     transport_map.set_order(_order(density, loc, scale_tril))
     names, params = zip(*transport_map.params.named_parameters(), strict=True)
     elbos = []
-    for step in range(_NUM_STEPS + _NUM_AVERAGED):
-        rate = _RATE if step < _NUM_STEPS else 1 / (step - _NUM_STEPS + 1 / _RATE)
-        z = _pairs_of_draws(_NUM_DRAWS, loc)
+    for step in range(_RATES.total):
+        rate, z = _RATES[step], antithetic_normals(_NUM_DRAWS // 2, loc)
         with torch.enable_grad():
             w, log_det, score = transport_map.forward_with_score(z, -z)
         gradients, values = density.gradients(loc + w.detach() @ scale_tril.mT)
-        log_q = -0.5 * (z.square() + math.log(2 * math.pi)).sum(-1) - log_det - scale_tril.diagonal().log().sum()
+        log_q = normal_log_prob(z, scale_tril) - log_det
         elbos.append((values - log_q).mean())
         # In units of each coordinate's scale, which may be much smaller than the whole posterior's.
         scale = transport_map.params.log_scale.exp().index_select(0, transport_map.ranks)
@@ -68,7 +66,7 @@ def nearest_triangular(
         shorter = (_MAX_MOVE / length.sqrt()).clamp(max=1)
         for param, move in zip(params, moves, strict=True):
             param += shorter * move
-        if not report("natural gradients", step + 1, _NUM_STEPS + _NUM_AVERAGED, float(elbos[-1])):
+        if not report("natural gradients", step + 1, _RATES.total, float(elbos[-1])):
             break
     return transport_map, torch.stack(elbos)
 
@@ -97,7 +95,7 @@ def _metric(transport_map: QuadraticTriangularMap) -> dict[str, Tensor]:
 
 def _order(density: Density, loc: Tensor, scale_tril: Tensor) -> Tensor:
     """Put first the coordinates that the scales of others follow: `sum_i (E[d^3 log p / dz_k dz_i^2])^2`, i != k."""
-    z = _pairs_of_draws(_NUM_ORDER, loc)
+    z = antithetic_normals(_NUM_ORDER // 2, loc)
     gradients, values = density.gradients(loc + z @ scale_tril.mT)
     residual = cut(gradients @ scale_tril + z, values, _MAX_RESIDUAL)
     # Derivatives of a normal's mean are means with Hermite polynomials; two estimates of one, the second of two thirds.
@@ -105,9 +103,3 @@ def _order(density: Density, loc: Tensor, scale_tril: Tensor) -> Tensor:
     by_product = z.mT @ (residual * z)
     third = ((by_square + 2 * by_product) / (3 * len(z))).fill_diagonal_(0.0)
     return third.square().sum(1).argsort(descending=True)
-
-
-def _pairs_of_draws(num_draws: int, like: Tensor) -> Tensor:
-    """Standard normal draws, in pairs of opposite sign."""
-    noise = torch.randn(num_draws // 2, len(like), dtype=like.dtype, device=like.device)
-    return torch.cat([noise, -noise])

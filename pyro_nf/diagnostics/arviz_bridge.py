@@ -19,7 +19,7 @@ from pyro_nf.diagnostics.diagnosis import Diagnosis, find_names, judge
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict
-from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_has, check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
@@ -80,10 +80,10 @@ def to_arviz(
       of an argument's first dimension, that dimension bears its name;
     - `sample_stats`: `log_p` and `log_q` of each draw, `log_weight` (Pareto-smoothed, normalised: exponentials sum to
       1), and as attributes the diagnosis of these draws: `khat`, `ess`, `elbo`, `log_evidence`, ..., `verdict`
-      ("right", "right after correction" or "not right", by their weights: no climbs are made here as in `diagnose`, so
-      that a mode in which the guide has no draws goes unnoticed), `reliable` (1 where it is "right"), `reasons`,
-      `notes`, and `draws`, which says what the draws of `posterior` are; given a `result`, `elbo_trace` along the
-      dimension `step`.
+      ("right", "right after correction" or "not right", by their weights: no other modes are looked for as in
+      `diagnose`, so that a mode in which the guide has no draws goes unnoticed), `reliable` (1 where it is "right"),
+      `reasons`, `notes`, and `draws`, which says what the draws of `posterior` are; given a `result`, `elbo_trace`
+      along the dimension `step`.
 
     A warning names what is left out because nothing can be drawn: data or latents of a distribution without a sampler,
     such as an improper prior.
@@ -248,7 +248,7 @@ def _add_weights(stats: Variables, points: Tensor | None, names: list[str], obst
     """Add the draws' weights to `log_p` and `log_q`, and return what they say of the guide."""
     log_weights = stats["log_p"][1] - stats["log_q"][1]
     stats["log_weight"] = (_SAMPLES, pareto_smooth(log_weights[0])[0][None])
-    weights = summarise(log_weights)
+    weights = summarize(log_weights)
     if points is None:
         return Evidence(weights=weights, notes=(obstacle,))
     moments = Moments()

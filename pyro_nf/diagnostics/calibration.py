@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import joblib
@@ -29,7 +30,7 @@ from pyro_nf.programs.program import Program, TracePair
 from pyro_nf.programs.sites import is_data, is_latent
 
 Ints = npt.NDArray[np.int64]
-Ranks = dict[str, Ints]
+RankTable = dict[str, Ints]
 
 # Central intervals whose coverage is counted.
 _LEVELS = np.arange(1, 20) / 20
@@ -62,7 +63,7 @@ class Calibration:
         reasons: What does, a sentence each.
     """
 
-    ranks: Ranks = field(repr=False)
+    ranks: RankTable = field(repr=False)
     probabilities: dict[str, Floats] = field(repr=False)
     uniformity: dict[str, Floats]
     symmetry: dict[str, Floats]
@@ -169,10 +170,11 @@ def calibrate(
     seed = None if seed is None else check_whole_number("seed", seed, 0, _MAX_SEED)
     shown = Progress("calibrate", progress)
     args, kwargs = unpacked(args, kwargs)
-    _check_simulable(model, args, kwargs)
+    bound = partial(model, *args, **kwargs)
+    _check_simulable(bound)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     seeds = torch.randint(2**31, (num_simulations,), generator=generator).tolist()
-    tasks = [joblib.delayed(_simulate)(model, fit, args, kwargs, num_samples, each) for each in seeds]
+    tasks = [joblib.delayed(_simulate)(bound, fit, num_samples, each) for each in seeds]
     outcomes = _until_interrupted(tasks, num_workers, shown)
     failures = {number: outcome for number, outcome in enumerate(outcomes) if isinstance(outcome, str)}
     succeeded = [outcome for outcome in outcomes if not isinstance(outcome, str)]
@@ -181,9 +183,9 @@ def calibrate(
     return _judge({name: np.stack([each[name] for each in succeeded]) for name in succeeded[0]}, num_samples, failures)
 
 
-def _until_interrupted(tasks: list[Any], num_workers: int, shown: Progress) -> list[Ranks | str]:
+def _until_interrupted(tasks: list[Any], num_workers: int, shown: Progress) -> list[RankTable | str]:
     """Return the simulations' outcomes, in their order: of all, or of those done before Ctrl-C if they suffice."""
-    outcomes: list[Ranks | str] = []
+    outcomes: list[RankTable | str] = []
     running = joblib.Parallel(n_jobs=num_workers, backend="loky", return_as="generator")(tasks)
     with closing(running), _noted_interrupt() as interrupts:
         try:
@@ -221,8 +223,8 @@ def _noted_interrupt() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _check_simulable(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    program = Program(model, prior(model)).bind(*args, **kwargs)
+def _check_simulable(model: Callable[[], Any]) -> None:
+    program = Program(model, prior(model)).bind()
     try:
         with _on_its_own():
             require_whole_data(program)
@@ -239,18 +241,16 @@ def _check_simulable(model: Callable[..., Any], args: tuple[Any, ...], kwargs: d
 
 
 def _simulate(
-    model: Callable[..., Any],
+    model: Callable[[], Any],
     fit: Callable[[Callable[[], Any]], Callable[..., Any]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     num_samples: int,
     seed: int,
-) -> Ranks | str:
+) -> RankTable | str:
     """Return the ranks of one simulation, or what went wrong."""
     with _on_its_own():
         pyro.set_rng_seed(seed)
         try:
-            return _ranks(model, fit, args, kwargs, num_samples)
+            return _ranks(model, fit, num_samples)
         except Exception as error:  # whatever the user's `fit` raises: counted and named, not lost
             return f"{type(error).__name__}: {error}"
 
@@ -269,19 +269,17 @@ def _on_its_own() -> Iterator[None]:
 
 
 def _ranks(
-    model: Callable[..., Any],
+    model: Callable[[], Any],
     fit: Callable[[Callable[[], Any]], Callable[..., Any]],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
     num_samples: int,
-) -> Ranks:
+) -> RankTable:
     with torch.no_grad(), Unconditioned():
-        trace = poutine.trace(model).get_trace(*args, **kwargs)
+        trace = poutine.trace(model).get_trace()
     data = drawn_data(trace)
     truth = {name: site["value"] for name, site in trace.nodes.items() if is_latent(site) and name not in data}
 
     def simulated() -> Any:
-        return poutine.condition(model, data=data)(*args, **kwargs)
+        return poutine.condition(model, data=data)()
 
     def latents(particle: TracePair) -> dict[str, Tensor]:
         return {name: particle.model.nodes[name]["value"] for name in truth}
@@ -305,7 +303,7 @@ def _rank(name: str, truth: Tensor, draws: Tensor) -> Ints:
     return result
 
 
-def _judge(ranks: Ranks, num_samples: int, failures: dict[int, str]) -> Calibration:
+def _judge(ranks: RankTable, num_samples: int, failures: dict[int, str]) -> Calibration:
     num = len(next(iter(ranks.values())))
     probabilities = {name: each / num_samples for name, each in ranks.items()}
     uniformity = {name: _each(_uniformity, each, num_samples) for name, each in ranks.items()}

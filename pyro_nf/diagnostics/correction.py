@@ -13,7 +13,7 @@ from pyro_nf.diagnostics.diagnosis import find_names
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
 from pyro_nf.diagnostics.verdict import Evidence, Verdict, decide, mean_error
-from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarise
+from pyro_nf.diagnostics.weights import Floats, log_densities, pareto_smooth, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_choice, check_number, check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
@@ -86,8 +86,8 @@ def corrected_posterior(
       `min(1, w' / w)`, thinned to `num_samples`; it starts at a resampled draw. Unsmoothed, so exact in the long run.
 
     Guides whose `diagnose` says "right" or "right after correction" are accepted, for the same figures of the weights
-    decide. But no climbs from other starts are made here, so that a mode in which the guide has no draws is missing in
-    the corrected draws too, and nothing but a note says so: `diagnose` first.
+    decide. But no L-BFGS runs from other starts are made here, so that a mode in which the guide has no draws is
+    missing in the corrected draws too, and nothing but a note says so: `diagnose` first.
 
     `Predictive(model, corrected.draws)(new_data)` predicts; draws by "psis" have weights, which it does not know of.
 
@@ -215,7 +215,7 @@ def _propose(
             advance(len(draws.noise))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     log_weights = found["log_w"].cpu().numpy()
-    weights = summarise(log_weights[None])
+    weights = summarize(log_weights[None])
     option = "num_proposals"
     evidence = (
         Evidence(weights=weights, names=names, misfit=moments.compare(), option=option)

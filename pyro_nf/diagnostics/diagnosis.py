@@ -16,7 +16,7 @@ from pyro_nf.diagnostics.progress import Progress, counted
 from pyro_nf.diagnostics.regions import search
 from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
-from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarise
+from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
@@ -45,10 +45,10 @@ class Diagnosis(WeightSummary):
         stein_residual: How many sds off the guide's center lies by the gradients g of the log density,
             `sqrt(E[g]' cov(g)^-1 E[g])`, which is zero if `q = p`.
         stein_noise: The residual that Monte Carlo error alone would give.
-        left_out: Evidence of the largest region that `num_starts` climbs found and the guide has too few draws in,
-            over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the guide
-            has three quarters of the posterior and leaves out the rest.
-        num_starts: Climbs.
+        missed_mass: Evidence of the largest region that `num_starts` L-BFGS runs found and the guide has too few draws
+            in, over the evidence where they are; 0 if none. Of a mode it is the inner half that counts: 1/6 if the
+            guide has three quarters of the posterior and leaves out the rest.
+        num_starts: L-BFGS runs.
         verdict: `Verdict.RIGHT`, `RIGHT_AFTER_CORRECTION` or `NOT_RIGHT`; they equal the strings "right", "right after
             correction" and "not right".
         reasons: What speaks against "right", a few sentences for each cause: what was found, and what to do.
@@ -60,7 +60,7 @@ class Diagnosis(WeightSummary):
     sd_ratio: float = math.nan
     stein_residual: float = math.nan
     stein_noise: float = math.nan
-    left_out: float = math.nan
+    missed_mass: float = math.nan
     num_starts: int = 0
     verdict: Verdict
     reasons: tuple[str, ...]
@@ -102,7 +102,7 @@ def diagnose(
     progress: bool = True,
     **kwargs: Any,
 ) -> Diagnosis:
-    """Judge a guide by fresh draws: their importance weights, the gradients there, and climbs from elsewhere.
+    """Judge a guide by fresh draws: their importance weights, the gradients there, and L-BFGS runs from elsewhere.
 
     Draws are run in parts and reduced at once: only their weights are kept, so a million draws take no more memory
     than a thousand. A single k-hat scatters by a tenth or two, so the one reported is the median over `num_sets` sets.
@@ -117,10 +117,10 @@ def diagnose(
       below its threshold, or the weights are nearly flat (a divergence below 0.05 nats, and k-hat below 1; below 0.01
       nats a long tail has next to no weight, whatever k-hat, and `notes` says so), and at least 100 draws are
       effective;
-    - *not right* if weights cannot help, or if one of `num_starts` climbs (L-BFGS, from uniform points in the cube from
+    - *not right* if weights cannot help, or if one of `num_starts` L-BFGS runs (from uniform points in the cube from
       -2 to 2 on the real line and their opposites) finds a region with over 1% of the evidence and over twice what the
-      guide has there. The weights, which are of the guide's own draws, cannot show it; nor can climbs show what none
-      of them finds.
+      guide has there. The weights, which are of the guide's own draws, cannot show it; nor can L-BFGS runs show what
+      none of them finds.
 
     Args:
         model: The Pyro model.
@@ -180,11 +180,11 @@ def diagnose(
                 if names:
                     moments.add(log_weights, found["point"])
             sets.append(torch.cat(parts).numpy())
-    weights = summarise(np.stack(sets))
+    weights = summarize(np.stack(sets))
     evidence = Evidence(
         weights=weights,
         improper=improper.describe(names) if improper else "",
-        without_density=in_words(program.without_density(2 * num_samples)) if weights.outside else "",
+        without_density=in_words(program.without_density(2 * num_samples)) if weights.frac_zero_density else "",
     )
     if not names:
         return judge(replace(evidence, notes=(obstacle,)))
@@ -204,7 +204,7 @@ def diagnose(
 
 
 def _improper(program: BoundProgram, density: Density, dim: int) -> FlatDirections | None:
-    """Find the directions along which the posterior is improper, in so many coordinates as climbs are made in."""
+    """Find the directions along which the posterior is improper, in so many coordinates as L-BFGS runs are made in."""
     if dim > _MAX_DIM:
         return None
 
@@ -250,8 +250,8 @@ def _figures(evidence: Evidence) -> dict[str, Any]:
     if evidence.gradients is not None:
         figures["stein_residual"], figures["stein_noise"] = evidence.gradients.residual
     if evidence.search is not None:
-        region = evidence.search.left_out
-        figures["left_out"] = 0.0 if region is None else region.evidence
+        region = evidence.search.missed
+        figures["missed_mass"] = 0.0 if region is None else region.evidence
         figures["num_starts"] = evidence.search.num_starts
     return figures
 

@@ -10,7 +10,7 @@ from scipy import stats
 from torch import Tensor
 
 from pyro_nf.diagnostics.calibration import Calibration, entry_label
-from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarise
+from pyro_nf.diagnostics.weights import Floats, pareto_smooth, summarize
 from pyro_nf.flows import Flow, Paced, Sequential, unpaced
 from pyro_nf.interface.arguments import check_has, check_whole_number, checked
 
@@ -109,7 +109,7 @@ def plot_weights(data: Any) -> "Axes":
     log_weights = _log_weights(data)
     if not len(log_weights):
         raise ValueError("data must hold at least one draw; got none")
-    found, order = summarise(log_weights[None]), np.argsort(-log_weights)
+    found, order = summarize(log_weights[None]), np.argsort(-log_weights)
     smoothed, khat = pareto_smooth(log_weights)
     # Smoothing moves the tail alone, and normalises: what it did to the median is its constant.
     middle = order[len(order) // 2]

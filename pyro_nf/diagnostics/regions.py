@@ -1,4 +1,4 @@
-"""Regions of the posterior that a guide leaves out: climbs from elsewhere, beside where its draws are."""
+"""Regions of the posterior that a guide leaves out: L-BFGS runs from elsewhere, beside where its draws are."""
 
 import math
 from typing import NamedTuple
@@ -23,18 +23,18 @@ _TIMES = 2.0
 
 
 class Search(NamedTuple):
-    """What climbs from elsewhere found.
+    """What L-BFGS runs from elsewhere found.
 
     Attributes:
         num_starts: Climbs.
-        left_out: The region with the most evidence that the guide has too few draws in, if there is one.
+        missed: The region with the most evidence that the guide has too few draws in, if there is one.
         copied: Whether another mode has the evidence of that region's, as copies of one mode by relabeling have.
         num_modes: Modes that hold more than a negligible part of the evidence.
-        num_scattered: Modes of little evidence, each found by climbs of its own, where the guide has no draws.
+        num_scattered: Modes of little evidence, each found by L-BFGS runs of its own, where the guide has no draws.
     """
 
     num_starts: int
-    left_out: "Region | None"
+    missed: "Region | None"
     copied: bool
     num_modes: int
     num_scattered: int
@@ -56,7 +56,7 @@ class Region(NamedTuple):
     draws_se: float
 
     @property
-    def left_out(self) -> bool:
+    def is_missed(self) -> bool:
         """Whether the guide has too few draws here, beyond what chance explains."""
         least, most = self.evidence - 3 * self.evidence_se, self.draws + 3 * self.draws_se
         return least > _NEGLIGIBLE and least > _TIMES * most
@@ -82,10 +82,10 @@ def search(density: Density, points: Tensor, log_evidence: float, num_starts: in
         (_region(density, mode, points, log_evidence), mode)
         for mode in shown.over("evidence around modes", modes, len(modes))
     ]
-    missed = max([pair for pair in found if pair[0].left_out], key=lambda pair: pair[0].evidence, default=None)
+    missed = max([pair for pair in found if pair[0].is_missed], key=lambda pair: pair[0].evidence, default=None)
     return Search(
         num_starts=num_starts,
-        left_out=None if missed is None else missed[0],
+        missed=None if missed is None else missed[0],
         copied=missed is not None and any(_as_much(missed[1], mode) for mode in modes),
         num_modes=sum(mode.converged and region.evidence > _NEGLIGIBLE for region, mode in found),
         num_scattered=_num_scattered(modes, points, log_evidence),
@@ -99,7 +99,7 @@ def _as_much(mode: Mode, other: Mode) -> bool:
 def _num_scattered(modes: list[Mode], points: Tensor, log_evidence: float) -> int:
     """Return how many modes lie where the guide has no draws and have little evidence, though not next to none.
 
-    One of them may be left out. If nearly every climb finds another one, there are many more than climbs.
+    One of them may be left out. If nearly every L-BFGS run finds another one, there are many more than runs.
     """
     low, high = log_evidence - _LEAST_EVIDENCE, log_evidence + math.log(_NEGLIGIBLE)
     away = (mode for mode in modes if mode.converged and low < mode.elbo < high)

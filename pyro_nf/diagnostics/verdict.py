@@ -39,7 +39,7 @@ _SHORT_TAIL_GAP, _KHAT_SCATTER = 0.05, 0.1
 _TAILS_ESS = 0.5
 # k-hat's threshold with draws without end, and how many a user may be asked for.
 _MOST_KHAT, _MOST_DRAWS = 0.7, 1e6
-# So many modes of little evidence, each found by a climb of its own, are a sign of many more.
+# So many modes of little evidence, each found by an L-BFGS run of its own, are a sign of many more.
 _MANY_MODES = 4
 # No posterior in sensible units is as wide on the real line.
 _IMPROPER_SD = 1e6
@@ -86,7 +86,7 @@ class Evidence:
         names: A name for each coordinate.
         misfit: How the weights move the coordinates' means and standard deviations.
         gradients: What the gradients say.
-        search: What climbs from elsewhere found.
+        search: What L-BFGS runs from elsewhere found.
         improper: Along which directions the posterior is improper, in a sentence; "" if along none. All other figures
             are then of the posterior along the other directions.
         without_density: Why draws have no density, where some have none.
@@ -133,7 +133,7 @@ def decide(evidence: Evidence) -> Decision:
     notes = (*evidence.notes, *_notes(evidence))
     obstacle = _obstacle(evidence)
     if obstacle:
-        lost = (f"Of the guide's own draws, {_lost(evidence)}.",) if evidence.weights.outside > 0 else ()
+        lost = (f"Of the guide's own draws, {_lost(evidence)}.",) if evidence.weights.frac_zero_density > 0 else ()
         return Decision(Verdict.NOT_RIGHT, (obstacle, *lost), notes=notes)
     errors = [*_errors(evidence)]
     if not errors:
@@ -154,8 +154,8 @@ def mean_error(weights: WeightSummary) -> float:
 def _obstacle(evidence: Evidence) -> str:
     """Return why weights cannot correct the guide, the deepest cause alone, for the others follow from it; or ""."""
     search, weights = evidence.search, evidence.weights
-    if search is not None and search.left_out is not None:
-        return _left_out(search, search.left_out)
+    if search is not None and search.missed is not None:
+        return _missed(search, search.missed)
     if search is not None and search.num_scattered >= max(_MANY_MODES, search.num_starts / 2):
         return (
             f"Climbs from {search.num_starts} other starts ended in {search.num_scattered} different modes where the "
@@ -174,7 +174,7 @@ def _obstacle(evidence: Evidence) -> str:
     return ""
 
 
-def _left_out(search: Search, region: Region) -> str:
+def _missed(search: Search, region: Region) -> str:
     found = (
         f"Climbs from {search.num_starts} other starts found a region with {region.evidence:.2g} times the evidence of "
         f"all that the guide covers, but only {100 * region.draws:.2g}% of the guide's draws are there, so the log "
@@ -240,7 +240,7 @@ def _errors(evidence: Evidence) -> Iterator[str]:
     yield from off
     if _is_pulled(evidence) and evidence.gradients is not None:
         yield f"the gradients pull its center by {evidence.gradients.residual.size:.2f} sd"
-    if weights.outside > 0:
+    if weights.frac_zero_density > 0:
         yield f"of its draws, {_lost(evidence)}"
     elif not _is_small(weights, _GAP_ALONE if evidence.misfit is None else _GAP):
         inner = "" if off or evidence.misfit is None else ", though each mean and sd by itself is right"
@@ -254,7 +254,7 @@ def _lost(evidence: Evidence) -> str:
     """Say which part of the draws has no density, and why."""
     cause = evidence.without_density.removeprefix("draws have no density: ")
     why = f" ({cause})" if cause else ""
-    return f"{100 * evidence.weights.outside:.2g}% have no density under the model{why}"
+    return f"{100 * evidence.weights.frac_zero_density:.2g}% have no density under the model{why}"
 
 
 def _misfits(evidence: Evidence, errors: float) -> Iterator[str]:
@@ -307,7 +307,7 @@ def _notes(evidence: Evidence) -> Iterator[str]:
                 "check; look at quantiles instead."
             )
     if evidence.search is None:
-        yield "No climbs from other starts were made: a mode in which the guide has no draws would not be noticed."
+        yield "No L-BFGS runs from other starts were made: a mode in which the guide has no draws would not be noticed."
 
 
 def _has_long_tail(weights: WeightSummary) -> bool:

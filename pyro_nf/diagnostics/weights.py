@@ -49,7 +49,7 @@ class WeightSummary:
         gap_se: Its standard error, made as that of `log_evidence`: the two terms' errors cancel for the most part.
         max_weight: Largest normalised weight in a set, the median over the sets.
         num_samples: S.
-        outside: Share of the draws with density zero under the model.
+        frac_zero_density: Share of the draws with density zero under the model.
     """
 
     khat: float
@@ -67,11 +67,11 @@ class WeightSummary:
     gap_se: float
     max_weight: float
     num_samples: int
-    outside: float
+    frac_zero_density: float
 
 
-def summarise(log_weights: Floats) -> WeightSummary:
-    """Summarise log weights `(num_sets, num_samples)`.
+def summarize(log_weights: Floats) -> WeightSummary:
+    """Summarize log weights `(num_sets, num_samples)`.
 
     Raises:
         ValueError: If weights are NaN or infinite, or those of a set all zero.
@@ -108,7 +108,7 @@ def summarise(log_weights: Floats) -> WeightSummary:
         gap_se=math.hypot(_mcse(relative - log_weights), unseen),
         max_weight=float(np.median(np.exp(normalised.max(-1)))),
         num_samples=num_samples,
-        outside=float(outside.mean()),
+        frac_zero_density=float(outside.mean()),
     )
 
 

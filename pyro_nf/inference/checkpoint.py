@@ -61,7 +61,7 @@ class Progress:
                 best = evaluation
         return best
 
-    def scatter(self, num_particles: int) -> float:
+    def log_weight_std(self, num_particles: int) -> float:
         """Standard deviation of the draws of a step about their block's mean, in the block where it was smallest."""
         blocks = [float(elbos.std()) for elbos in self.history if len(elbos) > 1]
         return math.sqrt(num_particles) * min([value for value in blocks if math.isfinite(value)], default=math.inf)

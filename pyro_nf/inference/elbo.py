@@ -78,16 +78,16 @@ class ELBO(pyro.infer.ELBO):
         self._program: Program | None = None
         self._step = 0
 
-    def start_block(self, step: int, scatter: float, like: Tensor) -> None:
+    def start_block(self, step: int, log_weight_std: float, like: Tensor) -> None:
         """Get ready for the steps from `step` on.
 
         Args:
             step: Steps taken.
-            scatter: Standard deviation of `log p - log q` over the draws of the latest steps, infinity at first.
+            log_weight_std: Standard deviation of `log p - log q` over the draws of the latest steps, infinity at first.
             like: A tensor of the parameters' dtype and device.
         """
         if self.sticking_the_landing == "auto":
-            self.path_gradient = (self.path_gradient and step > 0) or scatter < _NEAR
+            self.path_gradient = (self.path_gradient and step > 0) or log_weight_std < _NEAR
         if self.annealing_steps:
             value = min(1.0, 0.01 + step / self.annealing_steps)
             # One tensor, filled anew: a recorded step reads it.

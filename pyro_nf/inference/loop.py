@@ -232,7 +232,7 @@ class StepFit:
         """Take the steps up to the next evaluation and note them; return whether there were enough to note."""
         objective, data = self.options.objective, self.data
         num_steps = min(self.options.eval_every, fit.schedule.last_step - fit.steps)
-        objective.start_block(fit.steps, fit.scatter(self.options.num_particles), flat)
+        objective.start_block(fit.steps, fit.log_weight_std(self.options.num_particles), flat)
         rates = fit.schedule.rates(fit.steps, num_steps, flat)
         if isinstance(data, Minibatches):
             data.start_block()

@@ -126,7 +126,7 @@ class FitResult:
 
     def __str__(self) -> str:
         """One line for people."""
-        # Where climbs that came to no mode ended is of no interest once the fit has come further.
+        # Where L-BFGS runs that came to no mode ended is of no interest once the fit has come further.
         told = self.starts is not None and not (self.converged and self.starts.without_mode)
         notes = f" (Note: {'; '.join(self.notes)})" if self.notes else ""
         return (

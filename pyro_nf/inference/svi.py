@@ -17,6 +17,7 @@ from pyro_nf.inference.process_group import Ranks
 from pyro_nf.inference.result import FitResult, Status
 from pyro_nf.inference.staged.fit import fit_in_stages
 from pyro_nf.inference.staged.guide import StagedGuide
+from pyro_nf.inference.staged.plan import DEFAULT, Plan
 from pyro_nf.inference.watch import Callback, Watch
 from pyro_nf.interface.arguments import check_flag, unpacked
 from pyro_nf.interface.waits import one_at_a_time
@@ -34,17 +35,17 @@ class FlowSVI:
     is counted. The ELBO of the last `eval_every` steps, each on draws of its own, is watched: the parameters of the
     best such block, averaged over its steps, are kept, and a plateau starts the cool-down that ends the run.
 
-    An `AutoFlow` is fitted in stages. "normal": climbs from eight points, and from the best mode (or from the guide's
-    own start, where the modes are worse) natural gradients to the normal that is nearest to the posterior. "map", up
-    to 100 coordinates: the triangular map of that normal, of second order, that is nearest. "flow": in coordinates in
-    which the normal is the standard one, all of the flow; "flow, longer" goes on at a lower rate. Each stage is
-    measured by the importance weights of 5,000 fresh draws, and what is better is kept; the first whose divergence from
-    the posterior is below 0.005 nats (a normal's below 0.001, a map's below 0.002), and whose effective draws are
-    more than 98.5%, ends the fit. "tails": where k-hat is then 0.2 or higher, a share of the base gets wider, if that
-    lowers k-hat by 0.1 and costs less than 0.003 nats. `result.stages` has the figures. Where a draw of the model takes
-    much work, steps have fewer draws. A fit with a `learning_rate`, an `objective` or a `checkpoint`, with `max_steps`
-    below 3,000, of a model with parameters of its own, by minibatches or on several processes is a single stage from
-    where the guide is.
+    An `AutoFlow` is fitted in stages. "normal": L-BFGS runs from eight points, and from the best mode (or from the
+    guide's own start, where the modes are worse) natural gradients to the nearest normal. "map", up to 100 coordinates:
+    the triangular map of that normal, of second order, that is nearest. "flow": in coordinates in which the normal is
+    the standard one, all of the flow; "flow, longer" goes on at a lower rate. Each stage is measured by the importance
+    weights of 5,000 fresh draws, and what is better is kept; the first whose divergence from the posterior is below
+    0.005 nats (a normal's below 0.001, a map's below 0.002), and whose effective draws are more than 98.5%, ends the
+    fit. "tails": where k-hat is then 0.2 or higher, the base becomes a mixture with a wider normal, if that lowers
+    k-hat by 0.1 and costs less than 0.003 nats. `result.stages` has the figures. Where a draw of the model takes much
+    work, steps have fewer draws. A fit with a `learning_rate`, an `objective` or a `checkpoint`, with `max_steps` below
+    3,000, of a model with parameters of its own, by minibatches or on several processes is a single stage from where
+    the guide is.
 
     Where `torch.distributed` is initialised (`torchrun`), the processes share the draws of each step, or have
     minibatches of their own, and average the gradient: their parameters stay equal. All make the same calls, with the
@@ -78,6 +79,7 @@ class FlowSVI:
             state that was reached; one that returns `True` ends the run.
         max_seconds: When to end with the best state until then, in seconds from the call. A step, and what recording
             it takes, is not cut off. `None` for no limit.
+        plan: The stages of a fit in stages (`pyro_nf.inference.staged`), `None` for those above.
         seed: Makes the run reproducible bit for bit on one machine, and leaves the global random state as it was.
             `None` draws from the global state.
         progress: Whether to show a progress bar: the stage, the ELBO, how far the guide was from the posterior when it
@@ -117,6 +119,7 @@ class FlowSVI:
         checkpoint: str | os.PathLike[str] | None = None,
         callbacks: Sequence[Callback] = (),
         max_seconds: float | None = None,
+        plan: Plan | None = None,
         seed: int | None = None,
         progress: bool = True,
     ) -> None:
@@ -140,6 +143,7 @@ class FlowSVI:
         self.progress = check_flag("progress", progress)
         self.callbacks = checked_callbacks(callbacks)
         self.program = Program(model, guide)
+        self.plan = _checked_plan(plan, guide)
         self._own_objective = objective is None
 
     @one_at_a_time
@@ -219,7 +223,18 @@ class FlowSVI:
         asked = options.learning_rate is not None or options.checkpoint is not None or not self._own_objective
         if asked or options.max_steps < _MIN_STAGED or Ranks().size > 1 or not isinstance(guide, StagedGuide):
             return None
-        return fit_in_stages(program, guide, options, watch)
+        return fit_in_stages(program, guide, options, watch, self.plan)
+
+
+def _checked_plan(plan: Any, guide: Callable[..., Any]) -> Plan:
+    if plan is None:
+        return DEFAULT
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a Plan of stages, or None; got {plan!r}: Plan((Normal(), ...)) makes one")
+    if not isinstance(guide, StagedGuide):
+        kind = type(guide).__name__
+        raise ValueError(f"plan must be None for a guide that is not fitted in stages; got a {kind}: take an AutoFlow")
+    return plan
 
 
 def _with_faults(result: FitResult, faults: list[Fault]) -> FitResult:

@@ -64,7 +64,7 @@ def test_weights_and_their_diagnosis(data):
     assert stats.attrs["verdict"] == "right"
     assert stats.attrs["draws"] == data["posterior"].attrs["draws"]
     assert stats.attrs["draws"].startswith("the guide's own")
-    assert "No climbs from other starts were made" in stats.attrs["notes"]
+    assert "No L-BFGS runs from other starts were made" in stats.attrs["notes"]
     assert stats.attrs["khat"] < stats.attrs["khat_threshold"]
     expected = dist.Normal(torch.as_tensor(data["posterior"]["theta"].values[0]), 1.0)
     beta = torch.as_tensor(data["posterior"]["beta"].values[0]).sum(-1, keepdim=True)

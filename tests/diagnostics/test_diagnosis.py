@@ -13,7 +13,7 @@ from pyro_nf.diagnostics.diagnosis import judge
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence
-from pyro_nf.diagnostics.weights import summarise
+from pyro_nf.diagnostics.weights import summarize
 from pyro_nf.guides import AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
 
@@ -45,7 +45,7 @@ def test_the_posterior_itself_passes_and_all_its_figures_say_so():
     assert found.sd_ratio == pytest.approx(1.0, abs=1e-6)
     assert found.stein_residual < 0.1
     assert found.stein_noise == pytest.approx((3 / 1000) ** 0.5, rel=0.2)
-    assert found.left_out == 0.0
+    assert found.missed_mass == 0.0
     assert found.num_starts == 8
     assert found.iwelbo == pytest.approx(0.0, abs=1e-5)
 
@@ -85,7 +85,7 @@ def test_a_missed_mode_is_found_by_climbs_alone():
     found = diagnose(two_modes, one_mode)
     assert found.ess_fraction > 0.99
     assert not found.reliable
-    assert found.left_out == pytest.approx(1 / 3 / 2, rel=0.15)  # the inner half of the other mode
+    assert found.missed_mass == pytest.approx(1 / 3 / 2, rel=0.15)  # the inner half of the other mode
     assert "region with" in found.reasons[0]
     unsearched = diagnose(two_modes, one_mode, num_starts=0)
     assert unsearched.reliable
@@ -104,20 +104,20 @@ def test_a_missed_mode_that_is_bent_is_found_too():
     def right():
         pyro.sample("z", dist.Normal(torch.tensor([1.8, 0.0]), torch.tensor([0.4, 0.8])).to_event(1))
 
-    assert 0.3 < diagnose(crescents, right).left_out < 1.0
+    assert 0.3 < diagnose(crescents, right).missed_mass < 1.0
 
 
 def test_weights_that_are_flat_outvote_khat_and_it_is_said():
     generator = torch.Generator().manual_seed(0)
     log_weights = 1e-3 * torch.randn(1, 10_000, generator=generator).double()
     log_weights[:, :5] = torch.tensor([0.5, 0.8, 1.1, 1.4, 1.7])  # few, of next to no weight, with a long tail
-    found = judge(Evidence(weights=summarise(log_weights.numpy())))
+    found = judge(Evidence(weights=summarize(log_weights.numpy())))
     assert found.khat > found.khat_threshold
     assert found.reliable
     assert "the weights are flat" in found.notes[0]
     assert "the weights are flat" in str(found)
     log_weights[:, :5] += 4.0  # the same tail, of which one draw has a tenth of all weight
-    found = judge(Evidence(weights=summarise(log_weights.numpy())))
+    found = judge(Evidence(weights=summarize(log_weights.numpy())))
     assert found.khat > found.khat_threshold
     assert found.verdict == "not right"
     assert not any("flat" in note for note in found.notes)
@@ -152,7 +152,7 @@ def test_more_coordinates_than_climbs_take_are_noted():
     found = diagnose(model, model, num_samples=500)
     assert found.reliable
     assert "up to 500 coordinates; there are 501 here" in found.notes[0]
-    assert math.isnan(found.left_out)
+    assert math.isnan(found.missed_mass)
 
 
 def test_bad_numbers_are_named():

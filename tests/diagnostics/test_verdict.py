@@ -13,25 +13,25 @@ from pyro_nf.diagnostics.moments import Misfit
 from pyro_nf.diagnostics.regions import Region, Search
 from pyro_nf.diagnostics.stein import SteinResidual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, decide
-from pyro_nf.diagnostics.weights import summarise
+from pyro_nf.diagnostics.weights import summarize
 
 RNG = np.random.default_rng(0)
 
 
 def normal_weights(variance, num_samples=10_000):
     """Log weights with a divergence of half their variance, as those of a shifted normal."""
-    return summarise(variance**0.5 * RNG.standard_normal((3, num_samples)))
+    return summarize(variance**0.5 * RNG.standard_normal((3, num_samples)))
 
 
 def long_tailed(shape, num_samples=10_000):
-    return summarise(shape * RNG.exponential(size=(3, num_samples)))
+    return summarize(shape * RNG.exponential(size=(3, num_samples)))
 
 
 def too_light():
     """Log weights of a Gumbel variable by draws of a normal."""
     noise = RNG.standard_normal((3, 10_000))
     x = 0.57 + 1.1 * noise
-    return summarise(-x - np.exp(-x) + noise**2 / 2)
+    return summarize(-x - np.exp(-x) + noise**2 / 2)
 
 
 def misfit(shift=0.0, ratio=1.0, error=0.001, kurtosis=3.0):
@@ -48,8 +48,8 @@ def gradients(size=0.0, noise=0.05, widest=("a", 1.0)):
     return Gradients(SteinResidual(size, noise), widest)
 
 
-def search(left_out=None, copied=False, num_modes=1, num_scattered=0):
-    return Search(8, left_out, copied, num_modes, num_scattered)
+def search(missed=None, copied=False, num_modes=1, num_scattered=0):
+    return Search(8, missed, copied, num_modes, num_scattered)
 
 
 GOOD = normal_weights(0.01)
@@ -138,7 +138,7 @@ def test_one_cause_has_one_sentence_with_its_own_advice(decision, said, unsaid):
 
 
 def test_the_number_of_draws_that_is_asked_for_is_enough():
-    few = summarise(0.55 * RNG.exponential(size=(1, 100)))
+    few = summarize(0.55 * RNG.exponential(size=(1, 100)))
     (reason,) = decide(Evidence(weights=few, option="num_proposals")).reasons
     number = int(reason.split("num_proposals=")[1].split()[0].replace("_", ""))
     assert 1 - 1 / math.log10(number) > few.khat

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_nf.diagnostics import diagnose, local_evidence
-from pyro_nf.diagnostics.weights import pareto_smooth, summarise
+from pyro_nf.diagnostics.weights import pareto_smooth, summarize
 from pyro_nf.guides import AmortizedFlow, AutoFlow
 from pyro_nf.networks import MLP
 
@@ -85,7 +85,7 @@ def test_khat_is_the_tails_shape():
     for k in (0.3, 0.6, 0.9):
         smoothed, khat = pareto_smooth(k * exponential)
         assert khat == pytest.approx(k, abs=0.08)
-        assert summarise((k * exponential)[None]).khat == khat
+        assert summarize((k * exponential)[None]).khat == khat
         assert np.exp(smoothed).sum() == pytest.approx(1.0)
 
 
@@ -106,9 +106,9 @@ def test_bad_input_gets_a_sentence():
     with pytest.raises(ValueError, match="num_samples must be a whole number of at least 100; got 10"):
         diagnose(conjugate, normal_guide(), Y, num_samples=10)
     with pytest.raises(ValueError, match="5 draws have a NaN"):
-        summarise(np.where(np.arange(200) < 5, np.nan, 0.0)[None])
+        summarize(np.where(np.arange(200) < 5, np.nan, 0.0)[None])
     with pytest.raises(ValueError, match="no draw of the guide has a finite weight"):
-        summarise(np.full((2, 200), -np.inf))
+        summarize(np.full((2, 200), -np.inf))
     with pytest.raises(ValueError, match="all stand in one plate; got 'mu' in no plate"):
         local_evidence(conjugate, normal_guide(), Y)
 

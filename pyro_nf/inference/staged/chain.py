@@ -95,10 +95,11 @@ class Chain:
                 continue
             if self.num_steps >= self.max_steps or not self._has_time_for(stage):
                 break
-            self._attempt(stage)
-            last = self.attempts[-1]
-            if self.ended is not None or (last.kept and is_good(last.found, stage.max_gap)):
+            if self._attempt(stage) or self.ended is not None:
                 break
+        if not self.attempts:  # nothing applied
+            self._measure_best()
+            self._add(self.best)
         for stage in plan.finish:
             if self.ended is None and stage.applies(self.best.fitted.approximation):
                 self._finish(stage)
@@ -114,13 +115,13 @@ class Chain:
     def _seconds(self, stage: Stage) -> float:
         return self._seconds_per_point * stage.num_points(self._num_particles)
 
-    def _attempt(self, stage: Stage) -> None:
-        """Fit a stage, measure it, and keep it if it is better."""
+    def _attempt(self, stage: Stage) -> bool:
+        """Fit a stage, measure it, and keep it if it is better; return whether it is good enough."""
         start = time.perf_counter()
         try:
             fitted = self._fit(stage)
             if fitted is None:
-                return
+                return False
             found, known = self._measured(fitted.approximation)
             account = fitted.steps
             if account is None:  # steps of an optimizer have evaluations of their own
@@ -138,26 +139,30 @@ class Chain:
                 self._measure_best()
                 self._add(self.best)
             self.ended = Status.INTERRUPTED
-            return
+            return False
         self._add(Attempt(stage.name, fitted, account, found, time.perf_counter() - start, kept))
         if self.best.found is not None:
             self.watch.note_gap(gap(self.best.found))
         self.ended = self.ended or (account.status if account.status in _EARLY else self.watch.ended)
+        return kept and is_good(found, stage.max_gap)
 
     def _finish(self, stage: Stage) -> None:
-        """Let a stage that measures itself go over the best, where it can be better still and there is time."""
+        """Let a stage go over the best, where it can be better still and there is time."""
         found, start = self.best.found, time.perf_counter()
         if found is None or found.khat < 0 or self._seconds(stage) > self.watch.seconds_left:
             return
         try:
             fitted = self._fit(stage)
+            if fitted is None:
+                return
+            found = fitted.weights or self._measured(fitted.approximation)[0]
         except KeyboardInterrupt:
             self.watch.interrupt()
             return
-        if fitted is not None:
-            none = self.best.account.history[:0]
-            account = dataclasses.replace(self.best.account, steps=0, history=none, evaluations=())
-            self._add(Attempt(stage.name, fitted, account, fitted.weights, time.perf_counter() - start, True))
+        none = self.best.account.history[:0]
+        account = dataclasses.replace(self.best.account, steps=0, history=none, evaluations=())
+        kept = fitted.weights is not None or is_better(found, self.best.found)
+        self._add(Attempt(stage.name, fitted, account, found, time.perf_counter() - start, kept))
 
     def _fit(self, stage: Stage) -> Fitted | None:
         train = partial(self._problem.train, number=len(self.attempts), steps_before=self.num_steps)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.approximations.density import Density
-from pyro_nf.diagnostics.weights import WeightSummary, summarise
+from pyro_nf.diagnostics.weights import WeightSummary, summarize
 from pyro_nf.distributions import FlowDistribution
 
 # Draws of a measurement, and the effective part of them that a good approximation has. (k-hat scatters, and is high
@@ -37,7 +37,7 @@ def measure(
     weighed = torch.where(log_p.isfinite(), log_p, -math.inf)
     sets = (weighed.double() - log_q.double()).view(num_sets, NUM_DRAWS)
     usable = bool(log_q.isfinite().all()) and bool(sets.isfinite().any(-1).all())
-    return summarise(sets.cpu().numpy()) if usable else None, Known(points, log_p)
+    return summarize(sets.cpu().numpy()) if usable else None, Known(points, log_p)
 
 
 def gap(found: WeightSummary) -> float:
@@ -47,7 +47,7 @@ def gap(found: WeightSummary) -> float:
 
 def is_good(found: WeightSummary | None, max_gap: float) -> bool:
     """Whether no further stage is needed."""
-    return found is not None and not found.outside and gap(found) < max_gap and found.ess_fraction > _GOOD_ESS
+    return found is not None and not found.frac_zero_density and gap(found) < max_gap and found.ess_fraction > _GOOD_ESS
 
 
 def is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
@@ -55,7 +55,7 @@ def is_better(one: WeightSummary | None, other: WeightSummary | None) -> bool:
     if one is None or other is None:
         return one is not None
     difference = one.inner_elbo - other.inner_elbo
-    if one.outside or other.outside:  # whose ELBO is minus infinity
+    if one.frac_zero_density or other.frac_zero_density:  # whose ELBO is minus infinity
         return difference > 0
     noise = math.hypot(one.elbo_mcse, other.elbo_mcse)
     if abs(difference) < 3 * noise and min(one.ess_fraction, other.ess_fraction) > 0.5:

@@ -1,6 +1,7 @@
 """The stages of a fit that needs no tuning, in their order."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from pyro_nf.inference.staged.normal import Normal
 from pyro_nf.inference.staged.stage import Stage
@@ -17,11 +18,31 @@ class Plan:
         stages: Each begins from the best so far.
         finish: Run on the best, unless something ended the fit early.
         max_gap: Divergence from the posterior, in nats, below which the whole fit has converged.
+
+    Raises:
+        ValueError: If these are no stages, or there is none.
     """
 
     stages: tuple[Stage, ...]
     finish: tuple[Stage, ...] = ()
     max_gap: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "finish"):
+            given = getattr(self, name)
+            if not isinstance(given, tuple) or not all(map(_is_stage, given)):
+                raise ValueError(
+                    f"{name} must be a tuple of stages, objects with name, max_gap, num_points, applies and fit; got "
+                    f"{given!r}"
+                )
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage, such as Normal(); got none")
+
+
+def _is_stage(stage: Any) -> bool:
+    return all(hasattr(stage, part) for part in ("name", "max_gap")) and all(
+        callable(getattr(stage, part, None)) for part in ("num_points", "applies", "fit")
+    )
 
 
 DEFAULT = Plan(

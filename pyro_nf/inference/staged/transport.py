@@ -20,7 +20,8 @@ class TransportMap:
 
     def applies(self, so_far: Approximation) -> bool:
         """Where there is a map, of a base that has nothing to fit itself."""
-        return getattr(so_far.affine, "transport_map", None) is not None and not any(True for _ in so_far.base.parameters())
+        has_map = getattr(so_far.affine, "transport_map", None) is not None
+        return has_map and not any(True for _ in so_far.base.parameters())
 
     def fit(self, problem: Problem, so_far: Approximation) -> Fitted:
         """Fit the map of the normal that is known so far."""

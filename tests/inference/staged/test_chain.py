@@ -7,18 +7,12 @@ import pytest
 import torch
 
 from example_models import Y, banana, normal_mean
-from pyro_nf.approximations.approximation import Approximation
 from pyro_nf.approximations.modes import Starts
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI, Status
+from pyro_nf.inference.staged import Approximation, Fitted, Normal, Plan, Steps, Tails, TransportMap
 from pyro_nf.inference.staged.fit import fit_in_stages
-from pyro_nf.inference.staged.normal import Normal
-from pyro_nf.inference.staged.plan import Plan
-from pyro_nf.inference.staged.stage import Fitted
-from pyro_nf.inference.staged.steps import Steps
-from pyro_nf.inference.staged.tails import Tails
-from pyro_nf.inference.staged.transport import TransportMap
 from pyro_nf.inference.watch import Watch
 
 
@@ -72,8 +66,8 @@ def refuse(*args):
     raise ValueError("no")
 
 
-def run(plan, guide, *args, model=None, watch=None, **options):
-    svi = FlowSVI(guide.given_model if model is None else model, guide, progress=False, **({"seed": 0} | options))
+def run(plan, guide, *args, watch=None, **options):
+    svi = FlowSVI(guide.given_model, guide, seed=0, progress=False, **options)
     return fit_in_stages(svi.program.bind(*args), guide, svi.options, Watch() if watch is None else watch, plan)
 
 
@@ -127,23 +121,30 @@ def test_a_stage_that_does_not_apply_is_left_out_and_one_that_finds_nothing_is_n
     nothing.fit = lambda problem, so_far: None
     result = run(Plan((stage, nothing, Doing("last"))), affine_flow(normal_mean), Y)
     assert [stage.name for stage in result.stages] == ["last"]
+    guide = affine_flow(normal_mean)
+    guide(Y)
+    before = state(guide)
+    result = run(Plan((stage, nothing)), guide, Y)
+    assert kept(result) == [("start", True)]
+    assert math.isfinite(result.elbo)
+    assert same(before, state(guide))
 
 
 def test_a_stage_that_is_worse_is_taken_back():
-    guide = AutoFlow(banana)
+    guide = affine_flow(banana)
     result = run(Plan((Normal(), Spoiled(*FEW), Spoiled(*FEW))), guide)
     assert kept(result) == [("normal", True), ("flow", False), ("flow", False)]
     assert result.elbo == result.stages[0].elbo
     assert result.best_step <= 40
     assert result.steps == result.stages[0].steps + 100
-    alone = AutoFlow(banana)
+    alone = affine_flow(banana)
     run(Plan((Normal(),)), alone)
     assert same(state(alone), state(guide))
     assert float(guide.sample_posterior(1000)["x"].mean().abs()) < 1.0
 
 
 def test_a_stage_that_ends_in_nan_loses_nothing():
-    guide = AutoFlow(banana)
+    guide = affine_flow(banana)
     spoiled = Spoiled(*FEW, by=math.nan)
     result = run(Plan((Normal(), spoiled, spoiled)), guide)
     assert [stage.kept for stage in result.stages] == [True, False, False]

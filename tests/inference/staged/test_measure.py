@@ -3,17 +3,19 @@
 import math
 
 import pyro.distributions as dist
+import pytest
 import torch
 
 from pyro_nf.approximations.density import Density
-from pyro_nf.diagnostics.weights import summarise
+from pyro_nf.diagnostics.weights import summarize
 from pyro_nf.distributions import FlowDistribution
+from pyro_nf.distributions.bases import NormalBase
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.inference.staged.measure import NUM_DRAWS, gap, is_better, is_good, measure
 
 
 def weights(log_w):
-    return summarise(log_w.double().numpy()[None])
+    return summarize(log_w.double().numpy()[None])
 
 
 def test_small_differences_are_told_by_gaps_and_large_ones_by_elbos():
@@ -58,13 +60,17 @@ def test_what_is_known_of_a_draw_is_not_evaluated_again():
             asked.append(len(points))
             return super().values(points)
 
-    density = Counted(lambda x: -0.5 * x.square().sum())
-    torch.manual_seed(0)
-    first, known = measure(density, posterior(1.0))
-    torch.manual_seed(0)
-    again, _ = measure(density, posterior(1.0), known=known)
-    assert asked == [NUM_DRAWS, 0]
-    assert again == first
+    density, base = Counted(lambda x: -0.5 * x.square().sum()), NormalBase(2)
+    known, found = None, []
+    for weight in (0.0, 0.1):
+        base.defend(weight)
+        torch.manual_seed(0)
+        summary, known = measure(density, FlowDistribution(base(), ElementwiseAffine(2)), known=known)
+        found.append(summary)
+    assert asked[0] == NUM_DRAWS
+    assert asked[1] == pytest.approx(0.1 * NUM_DRAWS, rel=0.2)
+    assert torch.allclose(known.log_p, density.values(known.points))
+    assert found[1].ess_fraction < found[0].ess_fraction
 
 
 def test_draws_without_a_density_have_no_weight_and_a_set_of_such_draws_no_summary():
