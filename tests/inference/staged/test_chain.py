@@ -96,23 +96,21 @@ FEW = ("flow", 0.01, 50, 25)
 def test_each_stage_begins_from_the_best_so_far_and_the_guide_becomes_it():
     seen = []
 
-    def look(approximation):
-        seen.append(float(approximation.affine.as_matrix()[0]))
-
     def right(approximation):
+        seen.append(float(approximation.affine.as_matrix()[0]))
         approximation.affine.assign(torch.full((1,), 9 / 5.04), torch.full((1, 1), 5.04**-0.5))
 
     guide = affine_flow(normal_mean)
-    plan = Plan((Doing("look", look), Doing("away", move(30.0)), Doing("right", right), Doing("not begun", refuse)))
-    result = run(plan, guide, Y)
-    assert kept(result) == [("look", True), ("away", False), ("right", True)]
+    stages = {"nearer": move(1.0), "away": move(30.0), "right": right, "not begun": refuse}
+    result = run(Plan(tuple(Doing(*stage) for stage in stages.items())), guide, Y)
+    assert kept(result) == [("nearer", True), ("away", False), ("right", True)]
     assert result.status is Status.CONVERGED
     assert result.steps == len(result.history) == 9
     assert result.best_step == 9
     assert result.stages[-1].gap < 1e-5
     draws = guide.sample_posterior(20_000, Y)["mu"]
     assert float(draws.mean()) == pytest.approx(9 / 5.04, abs=0.02)
-    assert seen == [0.0]
+    assert seen == [1.0]
 
 
 def test_a_stage_that_does_not_apply_is_left_out_and_one_that_finds_nothing_is_no_stage():
