@@ -16,12 +16,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from pyro_nf.interface import untrusted
-from pyro_nf.models import (
+from pyro_nf.models import files, images
+from pyro_nf.models.benchmarks.images import (
     Resampled,
     binarize,
     dequantize,
-    files,
-    images,
     load_caltech_silhouettes,
     load_frey_faces,
     load_mnist,

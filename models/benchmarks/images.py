@@ -307,7 +307,7 @@ class Resampled:
 
     Example:
         >>> import torch
-        >>> from pyro_nf.models import Resampled, binarize
+        >>> from pyro_nf.models.benchmarks.images import Resampled, binarize
         >>> images = Resampled(torch.full((1000, 4), 51.0), binarize)
         >>> before = images.values.clone()
         >>> images()  # FlowSVI(..., callbacks=[images]).run(images.values, ...)
