@@ -54,10 +54,10 @@ def innermost(
     inner: Any = function
     kwargs = kwargs or {}
     while True:
-        if isinstance(inner, partial):
-            inner, args, kwargs = inner.func, (*inner.args, *args), {**inner.keywords, **kwargs}
-        elif (found := inside_handler(inner, args)) is not None:
+        if (found := inside_handler(inner, args)) is not None:  # which may be a `partial` too
             inner, args = found
+        elif isinstance(inner, partial):
+            inner, args, kwargs = inner.func, (*inner.args, *args), {**inner.keywords, **kwargs}
         else:
             return inner, args, kwargs
 

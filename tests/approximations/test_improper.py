@@ -1,5 +1,7 @@
 """Directions along which a posterior is improper."""
 
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -16,7 +18,7 @@ from pyro_nf.programs.coordinates import coordinate_names, model_log_density
 
 def look(model, *args):
     names = coordinate_names(poutine.trace(model).get_trace(*args))
-    density = Density(model_log_density(model, args, {}))
+    density = Density(model_log_density(partial(model, *args)))
     torch.manual_seed(0)
     return flat_directions(density.gradients, torch.randn(2 * len(names) + 10, len(names))), names
 
@@ -79,7 +81,7 @@ def test_wide_priors_heavy_tails_and_different_units_are_no_flat_directions():
 
 def test_the_reference_makes_the_rest_what_it_is():
     found, _ = look(hidden)
-    plain = model_log_density(hidden, (), {})
+    plain = model_log_density(hidden)
     proper = found.made_proper(plain)
     point = torch.tensor([0.3, 1.0, -1.0, 0.7])  # mu, z
     normal = torch.distributions.Normal(0.0, 1.0)
@@ -88,7 +90,7 @@ def test_the_reference_makes_the_rest_what_it_is():
 
 def test_a_slope_goes_out():
     found, _ = look(scale_without_data)
-    proper = found.made_proper(model_log_density(scale_without_data, (), {}))
+    proper = found.made_proper(model_log_density(scale_without_data))
     points = torch.tensor([[0.5, -1.0], [0.5, 2.0]])
     values = torch.stack([proper(point) for point in points])
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(points).sum(-1)

@@ -15,6 +15,7 @@ from pyro_nf.diagnostics import corrected_posterior, diagnose
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, StructuredFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.programs.program import Program
 
 Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
 SINGLE = {"learning_rate": 0.05, "max_steps": 250, "num_particles": 32, "eval_particles": 100, "compile": False}
@@ -93,7 +94,8 @@ def test_latents_in_another_order_are_matched_by_name():
     guide = AutoFlow(one)
     guide()
     points = torch.randn(3, 5)
-    torch.testing.assert_close(paired_density(other, guide, (), {}).values(points), guide.density().values(points))
+    paired = paired_density(Program(other, guide).bind())
+    torch.testing.assert_close(paired.values(points), guide.density().values(points))
     FlowSVI(other, guide, seed=0, progress=False).run()
     draws = guide.sample_posterior(2000)
     torch.testing.assert_close(draws["a"].mean(0), torch.tensor([1.0, 2.0]), atol=0.02, rtol=0)

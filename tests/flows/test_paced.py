@@ -12,9 +12,8 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import Adam, ClippedAdam
 
-from pyro_nf.flows import Paced, stacks, unpaced
+from pyro_nf.flows import Paced, WhitenedAffine, stacks, unpaced
 from pyro_nf.guides import AutoFlow
-from pyro_nf.guides.framed import Framed
 from pyro_nf.inference import FlowSVI
 from pyro_nf.models import eight_schools
 
@@ -78,7 +77,7 @@ def test_files_and_copies_keep_the_map_whatever_the_units():
 
 
 def test_the_entries_of_the_affine_layer_are_paced_by_their_number():
-    flow, x = Framed(8), torch.randn(5, 8)
+    flow, x = WhitenedAffine(8), torch.randn(5, 8)
     with torch.no_grad():
         flow.affine.params.tril.fill_(1.0)
     loc, matrix = flow.as_matrix()

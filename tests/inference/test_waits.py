@@ -1,9 +1,8 @@
 """A fit that shows what it does, and can be ended at any moment with the best until then."""
 
-import io
+import itertools
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
+from example_models import Y, banana, normal_mean
 from pyro_nf.approximations.density import Density
 from pyro_nf.approximations.gaussian import nearest_normal
 from pyro_nf.approximations.modes import find_modes
@@ -20,23 +20,10 @@ from pyro_nf.approximations.transport import nearest_triangular
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI, Status, stages
-from pyro_nf.inference.staged.chain import fit_in_stages
+from pyro_nf.inference import FlowSVI, Status
+from pyro_nf.inference.loop import StepFit
+from pyro_nf.inference.staged import Normal, Plan, Steps, TransportMap
 from pyro_nf.inference.watch import Watch
-from pyro_nf.programs.program import Program
-
-Y = torch.tensor([1.0, 2.0, 3.0, 2.5, 0.5])
-
-
-def model(y=Y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    with pyro.plate("d", len(y)):
-        pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
-
-
-def banana():
-    x = pyro.sample("x", dist.Normal(torch.zeros(()).double(), 1.0))
-    pyro.sample("y", dist.Normal(x**2, 0.3))
 
 
 def affine_flow(own):
@@ -68,22 +55,13 @@ class Slow:
 # --- the bar and the callbacks
 
 
-def test_one_bar_tells_stage_elbo_gap_and_time(monkeypatch):
-    monkeypatch.setattr(stages, "_PLAN", dict.fromkeys(("flow", "flow, longer"), (0.01, 60, 30)))
-    shown = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", shown)
-    bars = []
-    init = Watch.__init__
-
-    def watched(self, *args, **kwargs):
-        bars.append(self)
-        init(self, *args, **kwargs)
-
-    monkeypatch.setattr(Watch, "__init__", watched)
-    FlowSVI(banana, affine_flow(banana), seed=0, max_seconds=600.0).run()
-    text = shown.getvalue()
-    assert len(bars) == 1
-    for part in ("normal: L-BFGS runs", "normal: natural gradients", "map: natural gradients", "flow", "flow, longer"):
+def test_one_bar_tells_stage_elbo_gap_and_time(capsys):
+    steps = [Steps(name, 0.01, 60, 30) for name in ("flow", "flow, longer")]
+    plan = Plan((Normal(), TransportMap(), *steps))
+    FlowSVI(banana, affine_flow(banana), plan=plan, seed=0, max_seconds=600.0).run()
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1  # of one bar, once it is closed
+    for part in ("normal: L-BFGS", "normal: natural gradients", "map: natural gradients", "flow", "flow, longer"):
         assert f"FlowSVI: {part}" in text
     assert "ELBO -0." in text
     assert "gap 0." in text
@@ -92,14 +70,14 @@ def test_one_bar_tells_stage_elbo_gap_and_time(monkeypatch):
 
 
 def test_no_bar_without_progress(capsys):
-    FlowSVI(model, AutoFlow(model), seed=0, progress=False).run()
+    FlowSVI(normal_mean, AutoFlow(normal_mean), seed=0, progress=False).run()
     assert capsys.readouterr() == ("", "")
 
 
 def test_callbacks_see_every_stage_and_the_state_that_it_left():
-    guide, seen = AutoFlow(model), []
+    guide, seen = AutoFlow(normal_mean), []
     look = [lambda evaluation: seen.append((evaluation, float(guide.sample_posterior(500)["mu"].mean())))]
-    result = FlowSVI(model, guide, callbacks=look, seed=0, progress=False).run()
+    result = FlowSVI(normal_mean, guide, callbacks=look, seed=0, progress=False).run()
     assert [evaluation for evaluation, _ in seen] == list(result.evaluations)
     assert len(seen) == 1
     assert seen[0][0].elbo == pytest.approx(result.elbo, abs=1e-3)
@@ -115,7 +93,7 @@ def test_a_callback_ends_the_first_stages(at):
         return len(seen) > at
 
     result = FlowSVI(banana, affine_flow(banana), callbacks=[stop], seed=0, progress=False).run()
-    assert [stage.name for stage in result.stages] == ["normal", "curve"][: at + 1]
+    assert [stage.name for stage in result.stages] == ["normal", "map"][: at + 1]
     assert result.status is Status.STOPPED
     assert result.stop_reason.startswith(f"stopped by a callback at step {seen[-1].step}")
     assert not result.converged
@@ -134,7 +112,7 @@ def test_a_callback_ends_the_first_stages(at):
     ids=["stages", "steps", "rates"],
 )
 def test_a_fit_ends_in_time_with_the_best_and_says_so(options, seconds, limit):
-    slow = Slow(model, seconds)
+    slow = Slow(normal_mean, seconds)
     guide = affine_flow(slow)
     start = time.perf_counter()
     result = FlowSVI(slow, guide, max_seconds=limit, seed=0, progress=False, **options).run(Y)
@@ -146,15 +124,25 @@ def test_a_fit_ends_in_time_with_the_best_and_says_so(options, seconds, limit):
     assert all(bool(value.isfinite().all()) for value in guide.state_dict().values())
 
 
-def test_steps_are_the_same_in_whatever_parts_they_are_taken(monkeypatch):
+class Looking(Watch):
+    """A watch that is looked at after so many steps."""
+
+    def __init__(self, every):
+        super().__init__()
+        self.every = every
+
+    def num_steps(self, steps, seconds, unroll):
+        return self.every
+
+
+def test_steps_are_the_same_in_whatever_parts_they_are_taken():
     histories = []
-    for pace in (0.0, 0.01, 10.0):
+    for every in (2, 14, 100):
         pyro.clear_param_store()
-        monkeypatch.setattr("pyro_nf.inference.watch._PACE", pace)
-        svi = FlowSVI(
-            model, AutoNormal(model), max_steps=300, learning_rate=0.01, num_particles=8, seed=0, progress=False
-        )
-        histories.append(svi.run(Y).history)
+        options = {"max_steps": 300, "learning_rate": 0.01, "num_particles": 8, "seed": 0}
+        svi = FlowSVI(normal_mean, AutoNormal(normal_mean), **options)
+        data = itertools.repeat(svi.program.bind(Y))
+        histories.append(StepFit(svi.program, data, svi.options, Looking(every)).run().history)
     assert torch.equal(histories[0], histories[1])
     assert torch.equal(histories[0], histories[2])
 
@@ -167,25 +155,6 @@ def test_minibatches_end_in_time_too():
 
     svi = FlowSVI(batch, AutoNormal(batch), learning_rate=0.01, max_seconds=1.0, progress=False, compile=False)
     assert svi.run_batches([Y[:3], Y[2:]]).status is Status.TIME
-
-
-def test_a_stage_without_enough_time_is_not_begun(monkeypatch):
-    left = [1e9]
-    monkeypatch.setattr(Watch, "seconds_left", property(lambda self: left[0]))
-
-    def spend(evaluation):
-        left[0] = 1e-6
-
-    watch = Watch([spend], max_seconds=5.0)
-    guide = affine_flow(banana)
-    guide()
-
-    def fit(plan):
-        raise AssertionError("not to be begun")
-
-    result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 10_000, (), {}, watch)
-    assert [stage.name for stage in result.stages] == ["normal"]
-    assert result.status is Status.TIME
 
 
 # --- Ctrl-C
@@ -222,35 +191,6 @@ def test_an_interrupted_fit_leaves_the_best_until_then(act, options, at):
     assert all(bool(value.isfinite().all()) for value in guide.state_dict().values())
 
 
-@pytest.mark.parametrize("where", ["fit_normal", "fit_curve", "_measure", "fit"])
-def test_an_interrupt_in_any_part_of_a_stage_puts_the_best_back(monkeypatch, where):
-    guide = affine_flow(banana)
-    guide()
-    before = state(guide)
-
-    def spoiled(*args, **kwargs):
-        with torch.no_grad():
-            guide.flow.flows[-1].affine.params.loc.fill_(float("nan"))  # as if it had been half done
-        raise KeyboardInterrupt
-
-    fit = spoiled
-    if where == "_measure":
-        measure, calls = stages._measure, []
-        monkeypatch.setattr(
-            stages,
-            "_measure",
-            lambda *args, **kw: spoiled() if calls.append(0) or len(calls) == 1 else measure(*args, **kw),
-        )
-    elif where != "fit":
-        monkeypatch.setattr(type(guide), where, spoiled)
-    result = fit_in_stages(fit, Program(banana, guide), guide.density(), 2, 10_000, (), {})
-    assert result.status is Status.INTERRUPTED
-    assert [stage.name for stage in result.stages][:1] == (["normal"] if where in ("fit_curve", "fit") else ["start"])
-    assert same(before, state(guide)) == (where in ("fit_normal", "_measure"))
-    assert bool(torch.isfinite(guide.sample_posterior(10)["x"]).all())
-    assert result.elbo > -10
-
-
 def test_a_second_ctrl_c_is_raised_at_once():
     watch = Watch()
     with watch.looking_out():
@@ -265,35 +205,19 @@ def test_a_second_ctrl_c_is_raised_at_once():
 # --- what made it worse
 
 
-def test_a_normal_that_is_worse_than_the_start_is_put_back(monkeypatch):
-    guide = AutoFlow(model, ElementwiseAffine, init_loc_fn=lambda site: torch.tensor(1.8), init_scale=0.45)
-    guide(Y)
-    before = state(guide)
-    fit_normal = AutoFlow.fit_normal
+class Lying(Density):
+    """A density whose gradients lead away from the sixth time on."""
 
-    def bad(self, density, num_starts, report):
-        starts, elbos = fit_normal(self, density, num_starts, report)
-        self.flow.flows[-1].assign(torch.full((1,), 30.0), torch.eye(1))
-        return starts, elbos
+    num_asked = 0
 
-    monkeypatch.setattr(AutoFlow, "fit_normal", bad)
-    monkeypatch.setattr(AutoFlow, "stages", lambda self, *args, **kwargs: (name for name in ["normal"]))
-    result = FlowSVI(model, guide, seed=0, progress=False).run(Y)
-    assert [(stage.name, stage.kept) for stage in result.stages] == [("normal", False)]
-    assert same(before, state(guide))
-    assert result.elbo == pytest.approx(-9.24, abs=0.02)
+    def gradients(self, points):
+        gradients, values = super().gradients(points)
+        self.num_asked += 1
+        return (gradients + 50.0 if self.num_asked > 5 else gradients), values
 
 
-def test_natural_gradients_that_lead_away_return_to_the_best_on_their_way(monkeypatch):
-    density = Density(lambda point: -0.5 * point.square().sum())
-    lied = []
-
-    def gradients(points):
-        gradients, values = Density.gradients(density, points)
-        lied.append(0)
-        return (gradients + 50.0 if len(lied) > 5 else gradients), values
-
-    monkeypatch.setattr(density, "gradients", gradients)
+def test_natural_gradients_that_lead_away_return_to_the_best_on_their_way():
+    density = Lying(lambda point: -0.5 * point.square().sum())
     loc, scale_tril, elbos = nearest_normal(density, torch.full((2,), 3.0), torch.eye(2))
     assert float(elbos[-1]) < -5
     assert float(loc.norm()) < 1.0
@@ -364,10 +288,10 @@ def test_a_fit_inside_a_callback_is_no_deadlock():
     inner = []
 
     def diagnosed(evaluation):
-        inner.append(diagnose(model, guide, Y, num_samples=100, num_sets=1, num_starts=0).elbo)
+        inner.append(diagnose(normal_mean, guide, Y, num_samples=100, num_sets=1, num_starts=0).elbo)
 
-    guide = AutoFlow(model)
-    FlowSVI(model, guide, callbacks=[diagnosed], seed=0, progress=False).run(Y)
+    guide = AutoFlow(normal_mean)
+    FlowSVI(normal_mean, guide, callbacks=[diagnosed], seed=0, progress=False).run(Y)
     assert len(inner) == 1
 
 
@@ -378,7 +302,7 @@ def test_a_model_that_observes_nothing_is_said_to_be_a_prior():
     result = FlowSVI(banana, affine_flow(banana), callbacks=[lambda e: True], seed=0, progress=False).run()
     assert result.notes == ("the model observes nothing: this is its prior",)
     assert "(Note: the model observes nothing" in str(result)
-    assert FlowSVI(model, AutoFlow(model), progress=False).run(Y).notes == ()
+    assert FlowSVI(normal_mean, AutoFlow(normal_mean), progress=False).run(Y).notes == ()
 
 
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 0.01, "max_steps": 3}], ids=["staged", "single"])
@@ -401,10 +325,3 @@ def test_a_perfect_fit_is_not_told_in_words_of_failure():
     result = FlowSVI(steep, AutoFlow(steep, ElementwiseAffine), seed=0, progress=False).run()
     if result.converged and result.starts.without_mode:
         assert "starts" not in str(result)
-
-
-def test_max_steps_are_those_that_were_given(monkeypatch):
-    monkeypatch.setattr(stages, "_PLAN", dict.fromkeys(("flow", "flow, longer"), (0.001, 60, 30)))
-    result = FlowSVI(banana, affine_flow(banana), max_steps=3000, seed=0, progress=False).run()
-    assert not result.converged
-    assert result.stop_reason == "not converged: the ELBO reached no plateau within the 190 steps of its stages"

@@ -275,7 +275,7 @@ def test_densities_are_batched_and_are_pyros(name, monkeypatch):
     shape = whole(make(tensor(0.3))).shape()
     dim = 0 if to_support is None else to_support(tensor(0.3)).inverse_shape(shape).numel()
     points = torch.cat([POINTS[:, None], 0.5 * torch.randn(len(POINTS), dim)], 1)
-    density = Density(model_log_density(model, (), {}), 2**17)
+    density = Density(model_log_density(model), 2**17)
     gradients, values = density.gradients(points)
     assert density.vectorized
     assert (density.work > 0) == (name in RECORDED)
@@ -290,7 +290,7 @@ def test_draws_are_batched(name):
         pyro.sample("x", whole(RECIPES[name](pyro.sample("t", dist.Normal(0.0, 0.5)))))
 
     program = Program(model, prior(model))
-    draws = program.map_in_chunks(lambda p: {"x": p.guide.nodes["x"]["value"]}, 8, (), {})["x"]
+    draws = program.bind().vmap_in_chunks(lambda p: {"x": p.guide.nodes["x"]["value"]}, 8)["x"]
     assert program.vectorized
     assert draws.shape[1:] == whole(RECIPES[name](tensor(0.3))).shape()
     if name not in ("Delta", "Unit"):
@@ -454,7 +454,7 @@ WEIGHT = torch.nn.Parameter(tensor(2.0))
 def test_numbers_that_do_not_depend_on_the_draw_stop_nothing(model, batched, recorded):
     if isinstance(model, PyroModule):
         pyro.poutine.trace(model.double()).get_trace()  # which makes its parameters
-    density = Density(model_log_density(model, (), {}), 2**17)
+    density = Density(model_log_density(model), 2**17)
     points = torch.randn(5, 2)
     gradients, _ = density.gradients(points)
     assert density.vectorized == batched
@@ -513,7 +513,7 @@ def test_missing_data_inside_plates_masks_and_events(name):
             pyro.sample("y", fn, obs=data)
         pyro.sample("z", fn.to_event(1), obs=data)
 
-    density = Density(model_log_density(model, (), {}), 2**17)
+    density = Density(model_log_density(model), 2**17)
     gradients, values = density.gradients(POINTS[:, None])
     assert density.vectorized
     assert gradients.isfinite().all()
@@ -553,5 +553,5 @@ def test_who_cannot_be_batched_is_named(fn, who):
 
     program = Program(model, prior(model))
     with pytest.warns(UserWarning, match=f"{who}.* cannot be batched over draws.* runs them one by one"):
-        program.map_in_chunks(lambda p: {"log_p": log_prob_sum(p.model)}, 3, (), {})
+        program.bind().vmap_in_chunks(lambda p: {"log_p": log_prob_sum(p.model)}, 3)
     assert not program.vectorized

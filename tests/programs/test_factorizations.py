@@ -97,7 +97,7 @@ def test_a_kernel_without_jitter_is_named_and_ends_neither_fit_nor_diagnosis():
     assert not diagnosis.reliable
     reason = "site 'f': its covariance_matrix is not symmetric and positive definite in"
     assert any(reason in words for words in diagnosis.reasons)
-    program = Program(process, guide)
-    values = program.map(lambda p: {"p": log_prob_sum(p.model)}, program.draw(50, args, {}), args, {})["p"]
-    assert program.vectorized
+    program = Program(process, guide).bind(*args)
+    values = program.vmap_traces(lambda p: {"p": log_prob_sum(p.model)}, program.draw(50))["p"]
+    assert program.program.vectorized
     assert 0 < int((~values.isfinite()).sum()) < 50

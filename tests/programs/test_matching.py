@@ -110,8 +110,8 @@ def test_what_weights_do_not_mind_is_warned_of(guide):
     assert pyro_says(guide)
     program = Program(model, guide)
     with pytest.warns(UserWarning, match=HARMLESS[guide]):
-        warn_of_mismatches(program, (Y,), {})
-    require_weights(program, (Y,), {})
+        warn_of_mismatches(program.bind(Y))
+    require_weights(program.bind(Y))
 
 
 def test_each_objective_says_it_once_and_a_fit_too():
@@ -253,8 +253,8 @@ def test_auxiliary_variables_of_which_latents_are_made_are_right():
     image = auxiliary(dist.Normal(0.0, 1.0), lambda a: dist.Delta(2 * a, log_density=torch.tensor(-math.log(2.0))))
     masked = auxiliary(dist.Normal(0.0, 1.0).mask(False), lambda a: dist.Normal(a, 1.0))
     for guide in (image, masked):
-        warn_of_mismatches(Program(model, guide), (Y,), {})
-        require_weights(Program(model, guide), (Y,), {})
+        warn_of_mismatches(Program(model, guide).bind(Y))
+        require_weights(Program(model, guide).bind(Y))
 
 
 @pytest.mark.parametrize("fn", [dist.Normal(0.0, 1.0), dist.Uniform(0.0, 3.0), dist.Bernoulli(0.5)])
@@ -262,8 +262,8 @@ def test_a_density_of_more_variables_than_the_model_has_is_not_one_of_its_poster
     guide = auxiliary(fn, lambda a: dist.Normal(2.0 + a, 0.6))
     assert not pyro_says(guide)
     program = Program(model, guide)
-    warn_of_mismatches(program, (Y,), {})
-    require_match(program, (Y,), {})  # draws are draws, whatever their density
+    warn_of_mismatches(program.bind(Y))
+    require_match(program.bind(Y))  # draws are draws, whatever their density
     with pytest.raises(ValueError, match="no importance weights: the guide draws auxiliary variables, 'aux'"):
         diagnose(model, guide, Y)
 
@@ -340,8 +340,8 @@ class Rows(torch.nn.Module):
 @pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
 def test_guides_that_are_right_pass_without_a_word(make):
     program = Program(model, make(model))
-    warn_of_mismatches(program, (Y,), {})
-    require_weights(program, (Y,), {})
+    warn_of_mismatches(program.bind(Y))
+    require_weights(program.bind(Y))
 
 
 def test_amortized_guides_pass_without_a_word():
@@ -351,5 +351,5 @@ def test_amortized_guides_pass_without_a_word():
             pyro.sample("y", dist.Normal(w[:, 0], 1.0), obs=y)
 
     program = Program(local, AmortizedFlow(local, Rows(torch.nn.Linear(1, 4))))
-    warn_of_mismatches(program, (Y,), {})
-    require_weights(program, (Y,), {})
+    warn_of_mismatches(program.bind(Y))
+    require_weights(program.bind(Y))

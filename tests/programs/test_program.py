@@ -17,7 +17,8 @@ def regression(x, y=None):
 
 
 def run(program, extract, num_particles, *args):
-    return program.map(extract, program.draw(num_particles, args, {}), args, {})
+    bound = program.bind(*args)
+    return bound.vmap_traces(extract, bound.draw(num_particles))
 
 
 def densities(particle):
@@ -54,10 +55,10 @@ def test_every_reparametrised_draw_differs_between_particles(prior):
 
 
 def test_the_same_draws_give_the_same_run():
-    program = Program(regression, AutoNormal(regression))
-    draws = program.draw(8, (X,), {})
+    program = Program(regression, AutoNormal(regression)).bind(X)
+    draws = program.draw(8)
     assert draws.noise.shape == (8, 3)
-    one, other = (program.map(densities, draws, (X,), {}) for _ in range(2))
+    one, other = (program.vmap_traces(densities, draws) for _ in range(2))
     torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
 
 
@@ -77,9 +78,9 @@ def test_normals_are_those_given(normals):
     def model():
         pyro.sample("x", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
 
-    program = Program(model, guide)
-    draws = program.draw(4, (), {})
-    result = program.map(lambda p: {"x": p.model.nodes["x"]["value"]}, draws, (), {})
+    program = Program(model, guide).bind()
+    draws = program.draw(4)
+    result = program.vmap_traces(lambda p: {"x": p.model.nodes["x"]["value"]}, draws)
     torch.testing.assert_close(result["x"], draws.noise.view(4, 2, 3))
 
 
@@ -115,7 +116,7 @@ def test_minibatches_of_consecutive_steps_share_a_permutation():
         with pyro.plate("rows", 11, subsample_size=5):
             pyro.sample("y", dist.Normal(z, 1.0), obs=torch.zeros(5))
 
-    draws = Program(model, AutoNormal(model)).draw(4, (), {}, num_steps=7)
+    draws = Program(model, AutoNormal(model)).bind().draw(4, num_steps=7)
     rows = draws.indices["rows"]
     assert rows.shape == (7, 5)
     assert draws.noise.shape == (7, 4, 1)
@@ -130,9 +131,9 @@ def test_noise_comes_in_opposite_pairs_only_where_a_plate_is_subsampled(subsampl
         with pyro.plate("rows", 10, subsample_size=subsample_size) as rows:
             pyro.sample("y", dist.Normal(z[0], 1.0), obs=torch.zeros(len(rows)))
 
-    program = Program(model, AutoNormal(model))
+    program = Program(model, AutoNormal(model)).bind()
     for num_particles in (1, 2, 5):
-        noise = program.draw(num_particles, (), {}, num_steps=3).noise
+        noise = program.draw(num_particles, num_steps=3).noise
         assert noise.shape == (3, num_particles, 2)
         pairs = num_particles // 2
         opposite = torch.equal(noise[:, -pairs:], -noise[:, :pairs]) and pairs > 0
@@ -172,12 +173,12 @@ def test_the_score_is_the_gradient_at_a_fixed_draw(float64):
         loc = pyro.param("loc", torch.tensor(0.5))
         pyro.sample("z", dist.Normal(loc, 2.0))
 
-    program = Program(model, guide)
-    result = run(
-        program,
-        lambda p: {"score": log_prob_sum(program.rescored(p, (), {})), "z": p.guide.nodes["z"]["value"].detach()},
-        4,
-    )
+    program = Program(model, guide).bind()
+
+    def score(pair):
+        return {"score": log_prob_sum(program.guide_at_fixed_draw(pair)), "z": pair.guide.nodes["z"]["value"].detach()}
+
+    result = program.vmap_traces(score, program.draw(4))
     (grad,) = torch.autograd.grad(result["score"].sum(), pyro.param("loc").unconstrained())
     assert torch.allclose(grad, ((result["z"] - 0.5) / 4).sum())
 
@@ -216,8 +217,9 @@ def one_latent():
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_sentence(model, guide, args, message):
+    program = Program(model, guide).bind(*args)
     with pytest.raises(ValueError, match=message):
-        Program(model, guide).structure(args, {})
+        program.draw(1)
 
 
 def test_nan_beside_the_mask_is_refused():
@@ -226,8 +228,9 @@ def test_nan_beside_the_mask_is_refused():
         with pyro.plate("rows", len(x)), pyro.poutine.mask(mask=torch.tensor([True, False])):
             pyro.sample("y", dist.Normal(z, 1.0), obs=x)
 
+    program = Program(model, AutoNormal(model)).bind(torch.full((2,), float("nan")))
     with pytest.raises(ValueError, match="data of site 'y' hold 1 NaN"):
-        Program(model, AutoNormal(model)).structure((torch.full((2,), float("nan")),), {})
+        program.draw(1)
 
 
 @pytest.mark.parametrize("dim", [0, 2])

@@ -13,12 +13,19 @@ from pyro_nf.approximations.density import Density
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
+from pyro_nf.inference.staged.fit import fit_in_stages
+from pyro_nf.inference.watch import Watch
 from pyro_nf.programs.coordinates import model_log_density
 from pyro_nf.programs.data_checks import check_data
 from pyro_nf.programs.program import Program
 from pyro_nf.programs.traces import in_words, log_prob_sum, run_model
 
 T = torch.tensor
+
+
+def first_run(model):
+    """Let a model be looked at, which raises where its data or parameters are wrong."""
+    return Program(model, AutoNormal(model)).bind().spec
 
 
 def observing(likelihood, y, mask=None):
@@ -51,15 +58,15 @@ def test_data_outside_their_support_are_refused_unless_they_are_masked(name):
     likelihood, y, message = OUTSIDE[name]
     model = observing(likelihood, y)
     with pytest.raises(ValueError, match=f"the data of site 'y' hold .*{message.removeprefix('hold ')}"):
-        Program(model, AutoNormal(model)).structure((), {})
-    broken = run_model(model, poutine.trace(lambda: pyro.sample("z", dist.LogNormal(0.0, 0.1))).get_trace(), (), {})
+        first_run(model)
+    broken = run_model(model, poutine.trace(lambda: pyro.sample("z", dist.LogNormal(0.0, 0.1))).get_trace())
     if name != "more than all":  # whose bound is a tensor, which could depend on latents
         with pytest.raises(ValueError, match="data of site 'y'"):
             check_data(broken)
     kept = T([False, False]) if name == "events" else (T([True, False]) if name != "half a count" else T([False, True]))
     hidden = observing(likelihood, y, mask=kept)
-    density = Density(model_log_density(hidden, (), {}))
-    Program(hidden, AutoNormal(hidden)).structure((), {})
+    density = Density(model_log_density(hidden))
+    first_run(hidden)
     gradients, values = density.gradients(torch.zeros(3, 1))
     assert bool(values.isfinite().all())
     assert bool(gradients.isfinite().all())
@@ -74,7 +81,7 @@ def test_a_mask_of_the_distribution_counts_and_what_its_user_does_not_validate_i
         lambda z: dist.NanMaskedNormal(z, 1.0),
     ):
         model = observing(likelihood, y)
-        Program(model, AutoNormal(model)).structure((), {})
+        first_run(model)
 
 
 @pytest.mark.parametrize("value", [T(math.inf), T(-1.0), T(math.nan), -1.0])
@@ -84,12 +91,12 @@ def test_a_single_number_outside_its_support_is_refused(value):
         pyro.sample("y", dist.Exponential(rate), obs=value)
 
     with pytest.raises(ValueError, match="the data of site 'y' hold 1 "):
-        Program(model, AutoNormal(model)).structure((), {})
+        first_run(model)
 
 
 def test_nan_is_data_of_a_nan_masked_distribution():
     model = observing(lambda z: dist.NanMaskedNormal(z, 1.0), T([0.0, math.nan]))
-    Program(model, AutoNormal(model)).structure((), {})
+    first_run(model)
 
 
 def test_a_support_that_depends_on_latents_cuts_draws_off():
@@ -98,10 +105,10 @@ def test_a_support_that_depends_on_latents_cuts_draws_off():
 
     y = T([0.5, 3.0])
     model = observing(likelihood, y)
-    Program(model, AutoNormal(model)).structure((), {})
+    first_run(model)
     points = T([[-0.1], [0.1]])
-    assert model_log_density(model, (), {})(points[0]).isfinite()
-    gradients, values = Density(model_log_density(model, (), {})).gradients(points)
+    assert model_log_density(model)(points[0]).isfinite()
+    gradients, values = Density(model_log_density(model)).gradients(points)
     assert values.isneginf().tolist() == [False, True]
     assert gradients.isfinite().all(-1).tolist() == [True, False]
 
@@ -114,16 +121,16 @@ def test_data_of_known_shapes_are_checked_at_each_run_and_all_rows_of_a_subsampl
 
     for size in (3, 100):
         y = torch.ones(size)
-        program = Program(model, AutoNormal(model))
+        program = Program(model, AutoNormal(model)).bind(y)
         state = torch.random.get_rng_state()
-        program.structure((y,), {})
+        program.spec  # noqa: B018 - a first run
         used = torch.random.get_rng_state()
-        program.check_data((y,), {})
+        program.check_data()
         assert torch.equal(torch.random.get_rng_state(), used)
         assert not torch.equal(state, used)
         y[-1] = -1.0
         with pytest.raises(ValueError, match="the data of site 'y' hold 1 value outside the support of Poisson"):
-            program.check_data((y,), {})
+            program.check_data()
 
 
 def test_a_fit_refuses_data_that_went_bad_since_the_last_one():
@@ -144,13 +151,13 @@ def test_covariates_that_are_nan_are_told_from_data():
             pyro.sample("y", dist.Normal(z * x, 1.0), obs=torch.zeros(4))
 
     with pytest.raises(ValueError, match="site 'y': its loc is NaN for 2 of 4 entries, whatever the draw"):
-        Program(model, AutoNormal(model)).structure((), {})
+        first_run(model)
 
 
 def test_a_parameter_that_is_wrong_for_every_draw_is_refused():
     model = observing(lambda z: dist.Normal(z, T([1.0, -1.0])), torch.zeros(2))
     with pytest.raises(ValueError, match="site 'y': its scale is not positive for 1 of 2 entries, whatever the draw"):
-        Program(model, AutoNormal(model)).structure((), {})
+        first_run(model)
 
 
 LEAVING = {
@@ -172,20 +179,18 @@ def test_a_draw_whose_parameter_leaves_its_constraint_has_no_density(name):
         with pyro.plate("rows", 2):
             pyro.sample("y", LEAVING[name](z), obs=T([0.0, 1.0]) if "probs" in name else T([0.2, 0.7]))
 
-    gradients, values = Density(model_log_density(model, (), {})).gradients(T([[0.5], [-0.5], [0.9]]))
+    gradients, values = Density(model_log_density(model)).gradients(T([[0.5], [-0.5], [0.9]]))
     assert values.isneginf().tolist() == [False, True, False]
     assert gradients.isfinite().all(-1).tolist() == [True, False, True]
-    program = Program(model, lambda: pyro.sample("z", dist.Normal(0.3, 0.3)))
-    found = program.map(lambda p: {"p": log_prob_sum(p.model), "z": p.model.nodes["z"]["value"]}, *drawn(program))
+    program = Program(model, lambda: pyro.sample("z", dist.Normal(0.3, 0.3))).bind()
+    found = program.vmap_traces(
+        lambda p: {"p": log_prob_sum(p.model), "z": p.model.nodes["z"]["value"]}, program.draw(200)
+    )
     wrong = (found["z"] <= 0) | ((found["z"] > 1) if "probs" in name else torch.tensor(False))
     assert torch.equal(found["p"].isneginf(), wrong)
-    assert program.vectorized
-    words = in_words(program.without_density(1000, (), {}))
+    assert program.program.vectorized
+    words = in_words(program.without_density(1000))
     assert words.startswith(f"draws have no density: site 'y': its {name.strip()} in 1")
-
-
-def drawn(program):
-    return program.draw(200, (), {}), (), {}
 
 
 def test_a_dirichlet_whose_concentration_has_an_entry_that_is_not_positive():
@@ -193,7 +198,7 @@ def test_a_dirichlet_whose_concentration_has_an_entry_that_is_not_positive():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("y", dist.Dirichlet(z), obs=T([0.2, 0.8]))
 
-    values = Density(model_log_density(model, (), {})).values(T([[1.0, 1.0], [1.0, -1.0], [0.0, 1.0]]))
+    values = Density(model_log_density(model)).values(T([[1.0, 1.0], [1.0, -1.0], [0.0, 1.0]]))
     assert values.isneginf().tolist() == [False, True, True]
 
 
@@ -202,7 +207,7 @@ def test_latents_of_a_hand_written_guide_outside_their_support_have_no_density()
         pyro.sample("z", dist.Gamma(2.0, 1.0))
 
     program = Program(model, lambda: pyro.sample("z", dist.Normal(1.0, 1.0)))
-    assert "site 'z': its value is outside the support of Gamma" in in_words(program.without_density(1000, (), {}))
+    assert "site 'z': its value is outside the support of Gamma" in in_words(program.bind().without_density(1000))
     diagnosis = diagnose(model, program.guide, num_samples=500, num_sets=1, num_starts=0)
     assert not diagnosis.reliable
 
@@ -216,7 +221,7 @@ def test_draws_that_are_valid_to_rounding_have_a_density():
         pyro.sample("y", dist.MultivariateNormal(torch.zeros(20), scale_tril=2.0 * corr), obs=torch.zeros(20))
 
     program = Program(model, AutoFlow(model))
-    assert not program.without_density(200, (), {})
+    assert not program.bind().without_density(200)
 
 
 def gamma_with_a_free_concentration():
@@ -269,8 +274,9 @@ def jittering(y):
 def test_a_density_that_is_random_is_fitted_in_one_stage_and_not_weighed(model, words, refused):
     y = torch.linspace(0, 3, 20)
     guide = AutoFlow(model)
-    assert words in Program(model, guide).own_randomness((y,), {})
-    assert FlowSVI(model, guide)._in_stages((y,), {}) is None
+    program = Program(model, guide).bind(y)
+    assert words in program.own_randomness()
+    assert fit_in_stages(program, guide, FlowSVI(model, guide).options, Watch()) is None
     result = FlowSVI(model, guide, learning_rate=0.01, max_steps=5, progress=False, compile=False).run(y)
     assert math.isfinite(result.elbo)
     with pytest.raises(ValueError, match=refused):

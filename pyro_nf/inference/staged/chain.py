@@ -173,8 +173,8 @@ class Chain:
         """Whether an approximation is better than the best before."""
         if self.attempts:
             return is_better(found, self.best.found)
-        # The guide as it started has been measured by few draws, on the way: by many only where it may be better.
-        before = -math.inf if fitted.starts is None else fitted.starts.elbo
+        # A search for modes has measured the guide as it started by few draws: by many only where it may be better.
+        before = math.inf if fitted.starts is None else fitted.starts.elbo
         if found is not None and not before > found.inner_elbo:
             return True
         with torch.random.fork_rng():  # what comes next has the draws that it has where this is not asked
