@@ -25,10 +25,12 @@ from pyro_nf.guides.latents import (
     run_quietly,
 )
 from pyro_nf.guides.parameter_store import has_name, keep_entries, take_name, tensors, withdraw
-from pyro_nf.interface.arguments import Arguments, check_whole_number, unpacked
+from pyro_nf.interface.arguments import Arguments, check_flag, check_whole_number, unpacked
 from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.discrete import mean_probabilities, sample_all
 from pyro_nf.programs.enumeration import is_discrete
 from pyro_nf.programs.noise import running
+from pyro_nf.programs.program import BoundProgram, Program
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.supports import bijection
 
@@ -137,7 +139,9 @@ class FlowGuide(AutoGuide):
 
     @takes_model_arguments
     @torch.no_grad()
-    def sample_posterior(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def sample_posterior(
+        self, num_samples: int, *args: Any, discrete: bool = False, **kwargs: Any
+    ) -> dict[str, Tensor]:
         """Return the guide's own draws of every latent site, `{site: (num_samples, *shape)}`, in one batch.
 
         No weights correct them, as those of `corrected_posterior`: they are the posterior's where the verdict of
@@ -146,6 +150,35 @@ class FlowGuide(AutoGuide):
         Args:
             num_samples: Draws.
             *args: The model's arguments, or all in one `Arguments`.
+            discrete: Whether to draw the discrete latents too, which the model's density sums out: each from its exact
+                joint posterior given the draw of the others and the data. Without the guide's model, as in a copy from
+                a pickle, they cannot be had.
+            **kwargs: The model's keyword arguments.
+
+        Raises:
+            ValueError: If `num_samples` is not positive, or may be meant for the model.
+        """
+        num_samples = check_whole_number("num_samples", num_samples)
+        discrete = check_flag("discrete", discrete)
+        args, kwargs = unpacked(args, kwargs)
+        self._ensure_prototype(*args, **kwargs)
+        if discrete:
+            return sample_all(self._bound(args, kwargs), num_samples)
+        latents = self.get_posterior(*args, **kwargs).sample((num_samples,))
+        draws: dict[str, Tensor] = _map_draws(self._constrain, latents)
+        return draws
+
+    @takes_model_arguments
+    @torch.no_grad()
+    def discrete_probabilities(self, num_samples: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Return the posterior probabilities of the values of every discrete latent, `{site: (*plates, K)}`.
+
+        They are exact given the other latents (the derivatives of the log density by each value's own), and averaged
+        over draws of these. The values come in the order of the distribution's `enumerate_support`.
+
+        Args:
+            num_samples: Draws of the other latents.
+            *args: The model's arguments, or all in one `Arguments`.
             **kwargs: The model's keyword arguments.
 
         Raises:
@@ -153,10 +186,16 @@ class FlowGuide(AutoGuide):
         """
         num_samples = check_whole_number("num_samples", num_samples)
         args, kwargs = unpacked(args, kwargs)
-        self._ensure_prototype(*args, **kwargs)
-        latents = self.get_posterior(*args, **kwargs).sample((num_samples,))
-        draws: dict[str, Tensor] = _map_draws(self._constrain, latents)
-        return draws
+        return mean_probabilities(self._bound(args, kwargs), num_samples)
+
+    def _bound(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BoundProgram:
+        model = self.given_model
+        if model is None:
+            raise ValueError(
+                f"this {type(self).__name__} has no model, as a copy from a pickle has none, and discrete latents are "
+                "drawn from the model: make the guide anew, and load this one's state_dict"
+            )
+        return Program(model, self).bind(*args, **kwargs)
 
     @takes_model_arguments
     def log_prob(self, latents: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:

@@ -23,10 +23,13 @@ from pyro_nf.diagnostics.weights import log_densities, pareto_smooth, require_wh
 from pyro_nf.interface.arguments import check_has, check_whole_number, unpacked
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
+from pyro_nf.programs.contraction import contract
 from pyro_nf.programs.coordinates import coordinates
+from pyro_nf.programs.discrete import discrete_probabilities, draw_discrete, with_discrete
 from pyro_nf.programs.matching import require_weights
 from pyro_nf.programs.program import BoundProgram, Program, TracePair
-from pyro_nf.programs.sites import is_data, is_deterministic, is_latent
+from pyro_nf.programs.sites import is_data, is_deterministic, is_enumerated, is_latent
+from pyro_nf.programs.traces import run_model
 
 if TYPE_CHECKING:
     import xarray
@@ -36,6 +39,8 @@ Variables = dict[str, tuple[list[str], Array]]
 
 # Names that dimensions have here, so that sites and plates cannot.
 _OWN_DIMS = ("chain", "draw", "step")
+# What the probabilities of a discrete latent's values are called, behind its name.
+_PROBS = "_probs"
 _SAMPLES = ["chain", "draw"]
 # What the draws of the posterior are, as an attribute.
 _DRAWS = (
@@ -132,13 +137,13 @@ def to_arviz(
     require_weights(plain)
     require_whole_data(plain)
     pair = plain.spec.traces
-    sites, (names, obstacle) = _Sites(pair.model.nodes), find_names(pair)
+    sites, (names, obstacle) = _Sites(plain), find_names(pair)
 
     def extract(particle: TracePair, predicted: bool = False) -> dict[str, Tensor]:
         kept = sites.posterior(particle, predicted)
         return kept | ({"coordinates": coordinates(particle.model)} if names else {})
 
-    predictive = Program(model, simulation.predictive(model, guide)).bind(*args, **kwargs)
+    predictive = Program(model, simulation.predictive(model, guide, plain.spec.enumeration)).bind(*args, **kwargs)
     if _can_draw(predictive, "posterior_predictive"):
         predicted = partial(extract, predicted=True)
         draws = shown.map("draws and predictions", predictive, predicted, num_samples)
@@ -163,10 +168,14 @@ def to_arviz(
 class _Sites:
     """The sites of a model that ArviZ takes, and the names of their dimensions."""
 
-    def __init__(self, nodes: Mapping[str, Any]) -> None:
-        self.latent = {name: site for name, site in nodes.items() if is_latent(site) or is_deterministic(site)}
+    def __init__(self, program: BoundProgram) -> None:
+        nodes = program.spec.traces.model.nodes
+        self._program, self._enumeration = program, program.spec.enumeration
+        kinds = (is_latent, is_enumerated, is_deterministic)
+        self.latent = {name: site for name, site in nodes.items() if any(kind(site) for kind in kinds)}
         self.observed = {name: site for name, site in nodes.items() if is_data(site) and not simulation.is_factor(site)}
         self.all = self.latent | self.observed
+        self._plates: dict[str, list[str]] = {}
         for name in self.all:
             if name in _OWN_DIMS:
                 raise ValueError(f"site {name!r} must be renamed: ArviZ has a dimension of that name")
@@ -175,12 +184,39 @@ class _Sites:
         """Return what is kept of a draw of the guide, which may return data predicted from it, by group and name."""
         stats = log_densities(particle)  # which also leaves each site's log_prob in the traces
         nodes = particle.model.nodes
+        returned = particle.guide.nodes["_RETURN"]["value"] if predicted else simulation.Prediction({}, {})
+        probabilities: dict[str, Tensor] = {}
+        likelihood = {name: nodes[name]["log_prob"] for name in self.observed}
+        if self._enumeration.names:
+            discrete = returned.discrete or draw_discrete(particle.model)
+            probabilities = discrete_probabilities(particle.model)
+            likelihood = self._pointwise(particle)
+            nodes = run_model(self._program.model, with_discrete(particle.guide, discrete)).nodes
         return {
-            **{f"posterior/{name}": nodes[name]["value"] for name in self.latent},
-            **_in_group("posterior_predictive", particle.guide.nodes["_RETURN"]["value"] if predicted else {}),
-            **{f"log_likelihood/{name}": nodes[name]["log_prob"] for name in self.observed},
+            **{f"posterior/{name}": torch.as_tensor(nodes[name]["value"]) for name in self.latent},
+            **{f"posterior/{name}{_PROBS}": value for name, value in probabilities.items()},
+            **_in_group("posterior_predictive", returned.data),
+            **_in_group("log_likelihood", likelihood),
             **{f"sample_stats/{name}": value.double() for name, value in stats.items()},
         }
+
+    def _pointwise(self, particle: TracePair) -> dict[str, Tensor]:
+        """Return log likelihoods with the discrete latents summed out, of each element of the plates around them.
+
+        Data that depend on each other through these, as those of a chain, have none.
+        """
+        found: dict[str, Tensor] = {}
+        if getattr(particle.model, "branches", []):
+            return found
+        for term in contract(particle.model, scaled=False).terms:
+            data = [name for name in term.sites if name in self.observed]
+            if data == list(term.sites):
+                found |= {name: particle.model.nodes[name]["log_prob"] for name in data}
+            elif data and term.plates:
+                name = data[0] if len(data) == 1 else " and ".join(data[:2]) + (" ..." if len(data) > 2 else "")
+                found[name] = term.value
+                self._plates[name] = list(term.plates)
+        return found
 
     def prior(self, particle: TracePair) -> dict[str, Tensor]:
         """Return what is kept of a draw of the model itself, by group and name."""
@@ -194,9 +230,17 @@ class _Sites:
         groups: dict[str, Variables] = {}
         for key, value in draws.items():
             group, _, name = key.partition("/")
-            labels = [] if group == "sample_stats" else self.dims(name, value.shape[1:], group == "log_likelihood")
+            labels = [] if group == "sample_stats" else self._labels(group, name, value.shape[1:])
             groups.setdefault(group, {})[name] = (_SAMPLES + labels, _numpy(value)[None])
         return groups
+
+    def _labels(self, group: str, name: str, shape: tuple[int, ...]) -> list[str]:
+        if group == "log_likelihood" and name in self._plates:
+            return self._plates[name]
+        if name.endswith(_PROBS) and name not in self.all:
+            site = name.removesuffix(_PROBS)
+            return [*self.dims(site, shape[:-1]), f"{site}_value"]
+        return self.dims(name, shape, group == "log_likelihood")
 
     def observed_data(self) -> Variables:
         """Return the data, NaN where masked."""

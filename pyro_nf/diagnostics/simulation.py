@@ -1,7 +1,8 @@
 """What a model draws by itself: data from its likelihood, latents from its prior."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 from pyro import poutine
@@ -10,7 +11,10 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_nf.programs.calls import innermost, signature_of
+from pyro_nf.programs.discrete import draw_discrete, with_discrete
+from pyro_nf.programs.enumeration import Enumeration
 from pyro_nf.programs.sites import is_data
+from pyro_nf.programs.traces import run_model
 
 
 class Unconditioned(UnconditionMessenger):
@@ -44,14 +48,32 @@ def prior(model: Callable[..., Any]) -> Callable[..., Any]:
     return draw
 
 
-def predictive(model: Callable[..., Any], guide: Callable[..., Any]) -> Callable[..., dict[str, Tensor]]:
-    """Return the guide, returning `{site: data}` that the model draws given the guide's latents."""
+class Prediction(NamedTuple):
+    """Data that a model draws given its latents, and the discrete latents among these."""
 
-    def draw(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    data: dict[str, Tensor]
+    discrete: dict[str, Tensor]
+
+
+def predictive(
+    model: Callable[..., Any], guide: Callable[..., Any], enumeration: Enumeration
+) -> Callable[..., Prediction]:
+    """Return the guide, returning the data that the model draws given the guide's latents.
+
+    Discrete latents, which the guide does not have, are drawn from their posterior given these.
+    """
+
+    def draw(*args: Any, **kwargs: Any) -> Prediction:
         latents = poutine.trace(guide).get_trace(*args, **kwargs)
-        with poutine.block(), Unconditioned():
-            drawn = poutine.trace(poutine.replay(model, trace=latents)).get_trace(*args, **kwargs)
-        return drawn_data(drawn)
+        discrete: dict[str, Tensor] = {}
+        with poutine.block():
+            if enumeration.names:
+                observed = run_model(partial(model, *args, **kwargs), latents, enumeration)
+                discrete = draw_discrete(observed)
+            with Unconditioned():
+                whole = with_discrete(latents, discrete)
+                drawn = poutine.trace(poutine.replay(model, trace=whole)).get_trace(*args, **kwargs)
+        return Prediction(drawn_data(drawn), discrete)
 
     return draw
 

@@ -8,8 +8,10 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_nf.programs.contraction import Choose, backward, categorical, contract, log_sum_exp
+from pyro_nf.programs.grouped import compute_log_prob
 from pyro_nf.programs.noise import running
-from pyro_nf.programs.sites import is_enumerated
+from pyro_nf.programs.program import BoundProgram, TracePair
+from pyro_nf.programs.sites import is_enumerated, is_latent
 
 
 def draw_discrete(trace: poutine.Trace, choose: Choose = categorical) -> dict[str, Tensor]:
@@ -41,7 +43,7 @@ def discrete_probabilities(trace: poutine.Trace) -> dict[str, Tensor]:
 
 def _drawn(trace: poutine.Trace, choose: Choose) -> dict[str, Tensor]:
     with running():
-        trace.compute_log_prob()
+        compute_log_prob(trace)
         found = contract(trace, scaled=False)
         indices = backward(found, choose)
         return {name: _values(trace.nodes[name], index) for name, index in indices.items()}
@@ -75,7 +77,7 @@ def _marginals(trace: poutine.Trace) -> dict[str, Tensor]:
             sizes.append(len(site["fn"].enumerate_support(expand=False)))
             tilts[name] = torch.zeros(sizes, device=like.device, dtype=_dtype(trace))
     with running():
-        trace.compute_log_prob()
+        compute_log_prob(trace)
         function: Callable[[dict[str, Tensor]], Tensor] = lambda tilt: contract(trace, tilt, scaled=False).total()  # noqa: E731
         found: dict[str, Tensor] = torch.func.grad(function)(tilts)
     return found
@@ -110,7 +112,7 @@ def _by_branch(
     weights = []
     for branch in branches:
         with running():
-            branch.compute_log_prob()
+            compute_log_prob(branch)
             weights.append(contract(branch, scaled=False).total())
     log_weights = torch.stack(weights)
     stacked = {name: torch.stack([result[name] for result in results]) for name in results[0]}
@@ -119,3 +121,27 @@ def _by_branch(
         return {name: value.index_select(0, chosen.reshape(1))[0] for name, value in stacked.items()}
     shares = (log_weights - log_sum_exp(log_weights, 0)).exp()
     return {name: torch.tensordot(shares, value, 1) for name, value in stacked.items()}
+
+
+def with_discrete(latents: poutine.Trace, discrete: dict[str, Tensor]) -> poutine.Trace:
+    """Return a guide's trace with values of the discrete latents beside its own, for a model to be replayed on."""
+    whole = latents.copy()
+    for name, value in discrete.items():
+        whole.add_node(name, name=name, type="sample", value=value, is_observed=False, infer={}, fn=None)
+    return whole
+
+
+def sample_all(program: BoundProgram, num_samples: int) -> dict[str, Tensor]:
+    """Draw all latents of a model: the guide's, and the discrete ones given these, `{site: (num_samples, *shape)}`."""
+
+    def extract(pair: TracePair) -> dict[str, Tensor]:
+        own = {name: site["value"] for name, site in pair.model.nodes.items() if is_latent(site)}
+        return own | draw_discrete(pair.model)
+
+    return program.vmap_in_chunks(extract, num_samples)
+
+
+def mean_probabilities(program: BoundProgram, num_samples: int) -> dict[str, Tensor]:
+    """Return the marginal probabilities of the discrete latents' values, averaged over draws of the guide."""
+    found = program.vmap_in_chunks(lambda pair: discrete_probabilities(pair.model), num_samples)
+    return {name: value.mean(0) for name, value in found.items()}

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_nf.programs._pyro import is_subsample
-from pyro_nf.programs.sharing import InPlace, Shared
+from pyro_nf.programs.sharing import InPlaceError, Shared
 
 # Values of sequential sites together: each is a run of the model.
 _MAX_RUNS = 1024
@@ -114,7 +114,7 @@ def run_enumerated(
     shared: Shared | None = Shared()
     try:
         trace = _enumerated(run, enumeration, fixed, shared)
-    except InPlace:
+    except InPlaceError:
         shared = None
         trace = _enumerated(run, enumeration, fixed, None)
     trace.shared = shared

@@ -12,22 +12,25 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Functions of tensors that depend on nothing but their arguments, and change none of them.
-_PURE = frozenset(
-    (
-        "__add__ __and__ __eq__ __ge__ __getitem__ __gt__ __invert__ __le__ __lt__ __matmul__ __mul__ __ne__ __neg__ "
-        "__or__ __pow__ __radd__ __rmatmul__ __rmul__ __rpow__ __rsub__ __rtruediv__ __sub__ __truediv__ abs add all "
-        "amax amin any arange bool broadcast_tensors broadcast_to cat clamp contiguous cos cumprod cumsum diagonal "
-        "digamma div double einsum eq exp expand expand_as expm1 eye flatten flip float full full_like gather ge gt "
-        "index_select int isfinite isnan le lgamma linspace log log1p log_softmax logaddexp logical_and logical_not "
-        "logical_or logsigmoid logsumexp long lt matmul maximum mean minimum movedim mul ne neg new_full new_ones "
-        "new_zeros one_hot ones ones_like permute pow prod reciprocal relu reshape roll rsqrt sigmoid sin softmax "
-        "softplus sqrt square squeeze stack sub sum tanh to transpose tril triu true_divide type_as unsqueeze view "
-        "where xlogy zeros zeros_like "
-    ).split()
-)
+# fmt: off
+_PURE = frozenset((
+    "__add__", "__and__", "__eq__", "__ge__", "__getitem__", "__gt__", "__invert__", "__le__", "__lt__",
+    "__matmul__", "__mul__", "__ne__", "__neg__", "__or__", "__pow__", "__radd__", "__rmatmul__", "__rmul__",
+    "__rpow__", "__rsub__", "__rtruediv__", "__sub__", "__truediv__", "abs", "add", "all", "amax", "amin", "any",
+    "arange", "bool", "broadcast_tensors", "broadcast_to", "cat", "clamp", "contiguous", "cos", "cumprod", "cumsum",
+    "diagonal", "digamma", "div", "double", "einsum", "eq", "exp", "expand", "expand_as", "expm1", "eye", "flatten",
+    "flip", "float", "full", "full_like", "gather", "ge", "gt", "index_select", "int", "isfinite", "isnan", "le",
+    "lgamma", "linspace", "log", "log1p", "log_softmax", "logaddexp", "logical_and", "logical_not", "logical_or",
+    "logsigmoid", "logsumexp", "long", "lt", "matmul", "maximum", "mean", "minimum", "movedim", "mul", "ne", "neg",
+    "new_full", "new_ones", "new_zeros", "one_hot", "ones", "ones_like", "permute", "pow", "prod", "reciprocal",
+    "relu", "reshape", "roll", "rsqrt", "sigmoid", "sin", "softmax", "softplus", "sqrt", "square", "squeeze",
+    "stack", "sub", "sum", "tanh", "to", "transpose", "tril", "triu", "true_divide", "type_as", "unsqueeze", "view",
+    "where", "xlogy", "zeros", "zeros_like",
+))
+# fmt: on
 
 
-class InPlace(Exception):
+class InPlaceError(Exception):
     """A model writes into a tensor that stands for others: it has to run without `Shared`."""
 
 
@@ -35,7 +38,7 @@ class Shared(TorchFunctionMode):
     """Return for pure functions of the same tensors the same result, kept as long as this lives.
 
     Raises:
-        InPlace: If a tensor that was returned more than once is written to.
+        InPlaceError: If a tensor that was returned more than once is written to.
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,7 @@ class Shared(TorchFunctionMode):
         elif _writes(name) or "out" in kwargs:
             target = kwargs.get("out", args[0] if args else None)
             if id(target) in self._twice:
-                raise InPlace
+                raise InPlaceError
         return func(*args, **kwargs)
 
     def _key(self, value: Any) -> Any:
