@@ -1,5 +1,6 @@
 """Every private part of Pyro that the project uses: what another release of Pyro may change is changed here."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,16 @@ def inside_handler(function: Any, args: tuple[Any, ...]) -> tuple[Callable[..., 
     if function is _context_wrap:
         return args[1], args[2:]
     return None
+
+
+def is_sampling() -> bool:
+    """Return whether a pyro.sample statement draws just now, whoever sees it."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "default_process_message":
+            return True
+    return False
 
 
 def num_plate_elements() -> int:

@@ -17,8 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_nf.programs._pyro import is_subsample
-from pyro_nf.programs.sharing import InPlaceError, Shared
+from pyro_nf.programs._pyro import is_sampling, is_subsample
+from pyro_nf.programs.sharing import InPlaceError, Shared, TooManyValuesError
 
 # Values of sequential sites together: each is a run of the model.
 _MAX_RUNS = 1024
@@ -114,6 +114,12 @@ def run_enumerated(
     shared: Shared | None = Shared()
     try:
         trace = _enumerated(run, enumeration, fixed, shared)
+    except TooManyValuesError as error:
+        raise ValueError(
+            f"the values of the discrete latents {', '.join(map(repr, enumeration.parallel[:5]))} together make a "
+            f"tensor of {error.args[0]:,} numbers: write a chain of latents with pyro.markov, put independent ones into a "
+            "plate, or take fewer values"
+        ) from error
     except InPlaceError:
         shared = None
         trace = _enumerated(run, enumeration, fixed, None)
@@ -163,8 +169,8 @@ def refusing_hidden_draws() -> Iterator[None]:
         yield
     if draws.seen:
         raise ValueError(
-            "the model draws a discrete variable anew in every run, at a site that poutine.block hides or that is no "
-            "pyro.sample statement: take the block away, for discrete latents are summed out by themselves"
+            "the model draws a discrete variable anew in every run, at a site that poutine.block hides: take the block "
+            "away, for discrete latents are summed out by themselves"
         )
 
 
@@ -176,7 +182,7 @@ class _DiscreteDraws(TorchFunctionMode):
         self.seen = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or func in _DISCRETE_DRAWS
+        self.seen = self.seen or (func in _DISCRETE_DRAWS and is_sampling())
         return func(*args, **(kwargs or {}))
 
 

@@ -139,8 +139,7 @@ class BoundProgram:
             self._check(pair.model)
             like = torch.empty(0, device=_device(pair)) if count.like is None else count.like
             spec = ProgramSpec(pair, subsamples, enumeration, count.size, like)
-            if enumeration.names:
-                self._check_enumeration(spec)
+            self._check_enumeration(spec)
             self.program._specs[key] = spec
         return self.program._specs[key]
 
@@ -341,7 +340,8 @@ class BoundProgram:
         """Run the model once with all values of its discrete latents, and report what stands in the way."""
         with torch.random.fork_rng(), torch.no_grad(), poutine.block(), running(), refusing_hidden_draws():
             trace = run_model(self.model, spec.traces.guide, spec.enumeration)
-        log_prob_sum(trace)
+        if spec.enumeration.names:
+            log_prob_sum(trace)
 
     def _run(self, noise: AbstractContextManager[Any] | None = None, enumeration: Enumeration = NOTHING) -> TracePair:
         with noise or nullcontext():  # only the guide draws

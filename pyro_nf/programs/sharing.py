@@ -5,6 +5,7 @@ values of a latent, say. Under `Shared` the second computation returns the first
 its own, and a recorded graph of a thousand steps is hardly longer than that of ten.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -30,8 +31,16 @@ _PURE = frozenset((
 # fmt: on
 
 
+# Numbers in a tensor of one draw, at most: half a gigabyte.
+_MAX_NUMBERS = 2**26
+
+
 class InPlaceError(Exception):
     """A model writes into a tensor that stands for others: it has to run without `Shared`."""
+
+
+class TooManyValuesError(Exception):
+    """A tensor would hold so many numbers."""
 
 
 class Shared(TorchFunctionMode):
@@ -39,6 +48,7 @@ class Shared(TorchFunctionMode):
 
     Raises:
         InPlaceError: If a tensor that was returned more than once is written to.
+        TooManyValuesError: If a tensor would be too large.
     """
 
     def __init__(self) -> None:
@@ -59,6 +69,7 @@ class Shared(TorchFunctionMode):
                         id(part) for part in (result if isinstance(result, (tuple, list)) else (result,))
                     )
                     return result
+                _check_size(args)
                 result = func(*args, **kwargs)
                 self._results[key] = result
                 self._kept.append((args, kwargs))  # an `id` is one only while its tensor lives
@@ -90,6 +101,18 @@ class Shared(TorchFunctionMode):
         if isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device)):
             return type(value), value
         raise TypeError
+
+
+def _check_size(args: Any) -> None:
+    """Refuse tensors that only all values of many latents together make so large."""
+    shapes = [value.shape for value in args if isinstance(value, Tensor)] if len(args) > 1 else []
+    if len(shapes) > 1:
+        try:
+            number = math.prod(torch.broadcast_shapes(*shapes))
+        except RuntimeError:  # of functions that do not broadcast
+            return
+        if number > _MAX_NUMBERS:
+            raise TooManyValuesError(number)
 
 
 def _writes(name: str) -> bool:
