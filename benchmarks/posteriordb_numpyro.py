@@ -25,7 +25,7 @@ from numpyro.infer import init_to_uniform
 from numpyro.infer.util import initialize_model, potential_energy
 from posteriordb_peers import log_density_of, on_real_line
 
-from pyro_nf.models import posteriordb
+from pyro_nf.models.benchmarks import posteriordb
 
 numpyro.enable_x64()
 

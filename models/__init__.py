@@ -1,29 +1,10 @@
 """Models and data to start from. A model knows nothing of its posterior's family."""
 
-from pyro_nf.models import (
-    eight_schools,
-    energies,
-    fertility,
-    hard_posteriors,
-    imputation,
-    motorcycle,
-    posteriordb,
-    tables,
-)
+from pyro_nf.interface.renamed import renamed
+from pyro_nf.models import eight_schools, imputation, tables
 from pyro_nf.models.digits import Digits, load_digits
 from pyro_nf.models.dlgm import DLGM, VAE
 from pyro_nf.models.hivae import HIVAE, TableEncoder
-from pyro_nf.models.images import (
-    Images,
-    Resampled,
-    binarize,
-    dequantize,
-    load_caltech_silhouettes,
-    load_frey_faces,
-    load_mnist,
-    load_omniglot,
-    load_static_mnist,
-)
 from pyro_nf.models.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -39,26 +20,30 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "Digits",
-    "Images",
     "Likelihood",
     "LogisticMixtureLikelihood",
     "NormalLikelihood",
-    "Resampled",
     "TableEncoder",
+    "eight_schools",
+    "imputation",
+    "load_digits",
+    "tables",
+]
+
+_MODULES = ("energies", "fertility", "hard_posteriors", "motorcycle", "posteriordb")
+_IMAGES = (
+    "Images",
+    "Resampled",
     "binarize",
     "dequantize",
-    "eight_schools",
-    "energies",
-    "fertility",
-    "hard_posteriors",
-    "imputation",
     "load_caltech_silhouettes",
-    "load_digits",
     "load_frey_faces",
     "load_mnist",
     "load_omniglot",
     "load_static_mnist",
-    "motorcycle",
-    "posteriordb",
-    "tables",
-]
+)
+__getattr__ = renamed(
+    __name__,
+    {name: f"pyro_nf.models.benchmarks.{name}" for name in _MODULES}
+    | {name: f"pyro_nf.models.benchmarks.images.{name}" for name in _IMAGES},
+)

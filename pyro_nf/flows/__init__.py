@@ -12,7 +12,7 @@ from pyro_nf.flows.householder import Householder
 from pyro_nf.flows.images import Channelwise, ImageCoupling, Split, Squeezed, multiscale
 from pyro_nf.flows.linear import Diagonal, LULinear, Rotation, random_orthogonal
 from pyro_nf.flows.linear_iaf import LinearIAF
-from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize, set_statistics
+from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize_actnorm, set_batchnorm_statistics
 from pyro_nf.flows.paced import Paced, unpaced
 from pyro_nf.flows.permutation import Permutation
 from pyro_nf.flows.planar import Planar
@@ -29,6 +29,7 @@ from pyro_nf.flows.transformers import (
 )
 from pyro_nf.flows.triangular import QuadraticTriangularMap
 from pyro_nf.flows.whitened import WhitenedAffine
+from pyro_nf.interface.renamed import renamed
 
 __all__ = [
     "ActNorm",
@@ -70,10 +71,19 @@ __all__ = [
     "SymmetricConvolution",
     "Transformer",
     "WhitenedAffine",
-    "initialize",
+    "initialize_actnorm",
     "multiscale",
     "random_orthogonal",
-    "set_statistics",
+    "set_batchnorm_statistics",
     "stacks",
     "unpaced",
 ]
+
+__getattr__ = renamed(
+    __name__,
+    {
+        "Triangular": "QuadraticTriangularMap",
+        "initialize": "initialize_actnorm",
+        "set_statistics": "set_batchnorm_statistics",
+    },
+)

@@ -10,6 +10,7 @@ from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular
 from pyro_nf.flows.paced import Paced
 from pyro_nf.flows.triangular import QuadraticTriangularMap
+from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.networks import Switch, freeze
 
 # Up to how many coordinates there is a transport map, and with all products of two: there are dim^3 / 6 of these.
@@ -28,12 +29,16 @@ class WhitenedAffine(Flow):
     Args:
         dim: Number of coordinates.
         **options: `loc` and `scale`, initial values of t.
+
+    Raises:
+        ValueError: If `dim` is no whole number of at least 1.
     """
 
     origin: Tensor
     scale: Tensor
 
-    def __init__(self, dim: int, **options: Any) -> None:
+    @checked
+    def __init__(self, dim: Size, **options: Any) -> None:
         super().__init__((dim,))
         self.paced = Paced(LowerTriangularAffine(dim, **options), {"params.tril": 1 / dim})
         like: Any = self.affine.params.loc

@@ -61,7 +61,7 @@ class StepOptions:
 def _checked_objective(objective: Any) -> ELBO:
     if not isinstance(objective, ELBO):
         raise ValueError(
-            "objective must be one of pyro_nf.inference, such as ELBO(), or None for that; got "
+            "objective must be one of pyro_nf.inference.elbo, such as ELBO(), or None for that; got "
             f"{type(objective).__module__}.{type(objective).__qualname__}"
         )
     return objective

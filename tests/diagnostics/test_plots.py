@@ -101,7 +101,7 @@ def test_plot_flow(fitted):
     axes = plot_flow(guide)
     drawn(axes[0])
     assert axes[0].get_title() == "base"
-    assert axes[-1].get_title().endswith("Framed")
+    assert axes[-1].get_title().endswith("WhitenedAffine")
     last = np.concatenate([each.get_offsets() for each in axes[-1].collections])
     assert np.allclose(last.mean(0), guide.get_posterior().sample((5000,)).mean(0), atol=0.2)
 

@@ -12,7 +12,7 @@ from torch import nn
 from pyro_nf.approximations.density import Density
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI, execution
+from pyro_nf.inference import FlowSVI, step_compiler
 from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.steps import GraphError, GraphSteps
 from pyro_nf.programs.traces import log_prob_sum
@@ -138,12 +138,12 @@ class OwnWarmUp(ELBO):
         super().start_block(step, scatter, like)
         self.strength = min(1.0, 0.01 + step / 30)
 
-    def estimate(self, program, draws, args, kwargs):
+    def estimate(self, program, draws):
         def terms(particle):
             log_p, log_q = log_prob_sum(particle.model), log_prob_sum(particle.guide)
             return {"elbo": (log_p - log_q).detach(), "surrogate": self.strength * log_p - log_q}
 
-        found = program.bind(*args, **kwargs).vmap_traces(terms, draws)
+        found = program.vmap_traces(terms, draws)
         return found["elbo"].mean(), found["surrogate"].mean()
 
 
@@ -247,7 +247,7 @@ def test_an_attribute_that_follows_the_batches_is_noticed():
 
 def test_randomness_of_the_models_own_and_flows_at_their_optimum_are_no_change(monkeypatch):
     renewed = []
-    monkeypatch.setattr(execution.Execution, "_renew", lambda self, changed: renewed.append(changed))
+    monkeypatch.setattr(step_compiler.StepCompiler, "_renew", lambda self, changed: renewed.append(changed))
 
     def noisy(y):
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))

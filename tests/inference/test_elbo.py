@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_fea
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, WarmUpELBO
+from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, KLAnnealedELBO
 from pyro_nf.programs.program import Program
 
 COV = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
@@ -122,10 +122,10 @@ def gradients(value, guide):
 
 
 def estimated(objective, guide, repeats=30, num_draws=2000):
-    program = Program(skewed, guide)
+    program = Program(skewed, guide).bind()
     grads = []
     for _ in range(repeats):
-        _, surrogate = objective.estimate(program.bind(), program.bind().draw(num_draws))
+        _, surrogate = objective.estimate(program, program.draw(num_draws))
         grads.append(gradients(surrogate, guide))
     stacked = torch.stack(grads)
     return stacked.mean(0), stacked.std(0) / repeats**0.5
@@ -155,8 +155,8 @@ def test_the_gradient_of_the_importance_weighted_bound_is_quadratures(float64):
     exact = gradients((pairs.exp() * bound).sum() * width**2, guide)
     mean, error = estimated(IWELBO(2), guide)
     assert ((mean - exact).abs() < 4.5 * error + 1e-8).all()
-    program = Program(skewed, guide)
-    value, _ = IWELBO(2).estimate(program.bind(), program.bind().draw(20_000))
+    program = Program(skewed, guide).bind()
+    value, _ = IWELBO(2).estimate(program, program.draw(20_000))
     assert float(value) == pytest.approx(((pairs.exp() * bound).sum() * width**2).item(), abs=0.05)
 
 
@@ -193,9 +193,9 @@ class Known(torch.nn.Module):
 
 def test_each_datum_of_a_local_model_has_weights_of_its_own():
     guide = AmortizedFlow(local, Known())
-    program = Program(local, guide)
+    program = Program(local, guide).bind()
     evidence = float(dist.Normal(0.0, 2.0**0.5).log_prob(ROWS).sum())
-    value, _ = IWELBO(500).estimate(program.bind(), program.bind().draw(5000))
+    value, _ = IWELBO(500).estimate(program, program.draw(5000))
     # The weights of all the data together would leave more than a nat with as many draws.
     assert float(value) == pytest.approx(evidence, abs=0.1)
 
@@ -215,11 +215,8 @@ def test_the_bound_of_minibatches_is_scaled_up():
     guide = AmortizedFlow(model, Rows())
     values = []
     for size in (12, 3):
-        program = Program(model, guide)
-        kwargs = {"batch_size": size}
-        values.append(
-            float(IWELBO(200).estimate(program.bind(data, **kwargs), program.bind(data, **kwargs).draw(4000))[0])
-        )
+        program = Program(model, guide).bind(data, batch_size=size)
+        values.append(float(IWELBO(200).estimate(program, program.draw(4000))[0]))
     assert values[0] == pytest.approx(values[1], abs=0.15)
 
 
@@ -257,8 +254,8 @@ def test_annealing_scales_the_density_and_reports_the_elbo(float64):
         mean, error = estimated(objective, guide)
         assert ((mean - exact).abs() < 4.5 * error + 1e-8).all()
     objective.start_block(0, 0.0, GRID)
-    program = Program(skewed, guide)
-    value, _ = objective.estimate(program.bind(), program.bind().draw(20_000))
+    program = Program(skewed, guide).bind()
+    value, _ = objective.estimate(program, program.draw(20_000))
     assert float(value) == pytest.approx(((log_q.exp() * log_w).sum() * width).item(), abs=0.05)
 
 
@@ -300,16 +297,16 @@ def test_the_coordinate_elbo_has_value_and_gradient_of_sticking_the_landing(floa
         pyro.sample("x", dist.Normal(torch.zeros(2), scale).to_event(1))
 
     guide = AutoFlow(model)
-    program = Program(model, guide)
-    program.bind().spec
+    guide()
+    program = Program(model, guide).bind()
     with torch.no_grad():
         for param in guide.parameters():
             param.add_(0.2 * torch.randn_like(param))
-    draws = program.bind().draw(32)
+    draws = program.draw(32)
     params = list(guide.parameters())
     results = []
     for objective in (ELBO(), CoordinateELBO(guide.get_posterior, guide.density())):
-        elbo, surrogate = objective.estimate(program.bind(), draws)
+        elbo, surrogate = objective.estimate(program, draws)
         grads = torch.autograd.grad(surrogate, params, allow_unused=True, materialize_grads=True)
         results.append((elbo, torch.cat([grad.reshape(-1) for grad in grads])))
     assert torch.allclose(results[0][0], results[1][0])
@@ -342,10 +339,10 @@ class TwoNormals(torch.nn.Module):
 
 def location_gradient(objective, num_particles=20_000, step=0):
     guide = TwoNormals()
-    program = Program(autoencoder, guide)
-    draws = program.bind(OBSERVED).draw(num_particles)
+    program = Program(autoencoder, guide).bind(OBSERVED)
+    draws = program.draw(num_particles)
     objective.start_block(step, 0.0, draws.noise)
-    value, surrogate = objective.estimate(program.bind(OBSERVED), draws)
+    value, surrogate = objective.estimate(program, draws)
     surrogate.backward()
     return float(value.detach()), guide.loc.grad
 
@@ -353,7 +350,7 @@ def location_gradient(objective, num_particles=20_000, step=0):
 @pytest.mark.parametrize("sticking", [True, False])
 @pytest.mark.parametrize(("step", "beta"), [(0, 0.01), (49, 0.5), (1000, 1.0)])
 def test_warming_up_weighs_the_divergence_and_reports_the_elbo(step, beta, sticking):
-    value, grad = location_gradient(WarmUpELBO(100, sticking_the_landing=sticking), step=step)
+    value, grad = location_gradient(KLAnnealedELBO(100, sticking_the_landing=sticking), step=step)
     loc = TwoNormals().loc.detach()
     # The likelihood pulls towards the data, beta times the divergence N |loc|^2 / 2 towards 0.
     pull = (OBSERVED - loc[0] - 0.1 * loc[1]).sum(0)
@@ -365,7 +362,7 @@ def test_warming_up_weighs_the_divergence_and_reports_the_elbo(step, beta, stick
 @pytest.mark.parametrize("sticking", [True, False])
 def test_sites_within_their_free_bits_have_no_divergence_to_climb(sticking):
     # Divergences for each datum: 2.5 and 0.005 nats.
-    _, grad = location_gradient(WarmUpELBO(0, free_bits=0.5, sticking_the_landing=sticking))
+    _, grad = location_gradient(KLAnnealedELBO(0, free_bits=0.5, sticking_the_landing=sticking))
     loc = TwoNormals().loc.detach()
     pull = (OBSERVED - loc[0] - 0.1 * loc[1]).sum(0)
     assert torch.allclose(grad, torch.stack([pull - 20 * loc[0], 0.1 * pull]), atol=0.5)
@@ -379,9 +376,9 @@ def test_under_one_flow_all_latents_share_their_free_bits():
     grads = []
     for free_bits in (0.0, 1.5, 2.5):
         guide.zero_grad()
-        program = Program(autoencoder, guide)
-        draws = program.bind(OBSERVED, batch_size=5).draw(2)._replace(indices={"data": torch.arange(5)})
-        _, surrogate = WarmUpELBO(free_bits=free_bits).estimate(program.bind(OBSERVED, batch_size=5), draws)
+        program = Program(autoencoder, guide).bind(OBSERVED, batch_size=5)
+        draws = program.draw(2)._replace(indices={"data": torch.arange(5)})
+        _, surrogate = KLAnnealedELBO(free_bits=free_bits).estimate(program, draws)
         surrogate.backward()
         grads.append(loc.grad.clone())
     assert torch.allclose(grads[0], grads[1], atol=1e-4)
@@ -391,7 +388,7 @@ def test_under_one_flow_all_latents_share_their_free_bits():
 def test_a_fit_that_warms_up_ends_at_the_elbo():
     guide = AmortizedFlow(autoencoder, torch.nn.Linear(2, 3), None)
     options = {"num_particles": 8, "learning_rate": 0.05, "max_steps": 200, "seed": 0, "progress": False}
-    result = FlowSVI(autoencoder, guide, objective=WarmUpELBO(50), **options).run(OBSERVED)
+    result = FlowSVI(autoencoder, guide, objective=KLAnnealedELBO(50), **options).run(OBSERVED)
     exact = dist.MultivariateNormal(torch.zeros(2), 2.01 * torch.eye(2)).log_prob(OBSERVED).sum()
     # Two latents a coordinate, whose correlation of -.07 a mean-field normal misses: .1 nats.
     assert result.elbo == pytest.approx(float(exact), abs=0.5)
@@ -406,4 +403,4 @@ def test_a_fit_that_warms_up_ends_at_the_elbo():
 )
 def test_bad_warm_ups_get_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
-        WarmUpELBO(**options)
+        KLAnnealedELBO(**options)

@@ -10,6 +10,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_nf.inference import FlowSVI, minibatches
+from pyro_nf.programs.program import BoundProgram
 
 X = torch.linspace(-2, 2, 100)
 
@@ -120,8 +121,8 @@ def test_checks_of_the_first_pass_are_bounded_and_few(monkeypatch):
 
 def test_a_check_is_one_run_and_changes_no_draw(monkeypatch):
     runs = []
-    original = minibatches.Program.check_data
-    monkeypatch.setattr(minibatches.Program, "check_data", lambda *given: runs.append(original(*given)))
+    original = BoundProgram.check_data
+    monkeypatch.setattr(BoundProgram, "check_data", lambda program: runs.append(original(program)))
     first = fit(X.split(10))
     assert len(runs) == 9  # the first batch is the fit's own first run
     monkeypatch.setattr(minibatches, "MAX_CHECKED", 0)

@@ -30,7 +30,7 @@ from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.process_group import Ranks
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.steps import GraphError, GraphSteps, read, write
-from pyro_nf.programs.program import Program, Randomness
+from pyro_nf.programs.program import BoundProgram, Program, Randomness
 
 pytestmark = [
     pytest.mark.usefixtures("float64"),
@@ -156,14 +156,18 @@ def fit_without_seed(rank):
     """Fit from equal global states; return the noise of all steps."""
     noise = []
 
-    class Noting(Program):
+    class Noting(BoundProgram):
         def draw(self, *args):
             draws = super().draw(*args)
             noise.append(draws.noise)
             return draws
 
+    class Noted(Program):
+        def bind(self, *args, **kwargs):
+            return Noting(self, args, kwargs)
+
     svi = make(seed=None)
-    svi.program = Noting(regression, hand_written)
+    svi.program = Noted(regression, hand_written)
     torch.manual_seed(0)
     svi.run(X, Y)
     return {"noise": noise[2:], "set-up": noise[0]}  # without the draw that finds the parameters, and the first look
@@ -305,7 +309,7 @@ def reference(draws: list[list[Randomness]], data: list[list[Any]]) -> torch.Ten
         write(state.params, variables)
         vectors = []
         for rank in range(2):
-            elbo, surrogate = objective.estimate(program, draws[rank][step], data[rank][step], {})
+            elbo, surrogate = objective.estimate(program.bind(*data[rank][step]), draws[rank][step])
             grads = torch.autograd.grad(-surrogate, variables)
             vectors.append(torch.cat([elbo.view(1), *(grad.flatten() for grad in grads)]))
         mean = (vectors[0] + vectors[1]) / 2
@@ -317,11 +321,11 @@ def reference(draws: list[list[Randomness]], data: list[list[Any]]) -> torch.Ten
 
 def stream(rank: int, args: Any, num_looks: int | None, num_drawn: int, block: int) -> list[Randomness]:
     """The draws of one of the two processes: after those of the first evaluation, those of the steps, in blocks."""
-    program = Program(regression, hand_written)
-    program.bind(*args).spec
+    program = Program(regression, hand_written).bind(*args)
+    program.draw(1)  # with the first run, which draws too
     torch.manual_seed(SEED + rank)
-    program.bind(*args).draw(num_drawn, num_looks)
-    blocks = [program.bind(*args).draw(PARTICLES // 2, block) for _ in range(5 * EVERY // block)]
+    program.draw(num_drawn, num_looks)
+    blocks = [program.draw(PARTICLES // 2, block) for _ in range(5 * EVERY // block)]
     return [draws.step(i) for draws in blocks for i in range(block)]
 
 

@@ -8,7 +8,7 @@ from pyro.infer.autoguide import AutoDiagonalNormal, AutoLowRankMultivariateNorm
 
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI, graph
+from pyro_nf.inference import FlowSVI, steps
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.steps import GraphError, GraphSteps
 from pyro_nf.models import eight_schools
@@ -159,7 +159,7 @@ def test_without_a_compiler_the_graph_runs_as_recorded(monkeypatch):
     def refuse(*args):
         raise RuntimeError("no C++ compiler\nfound")
 
-    monkeypatch.setattr(graph, "inductor_compile", refuse)
+    monkeypatch.setattr(steps, "inductor_compile", refuse)
     guide = AutoNormal(eight_schools.noncentered)
     with pytest.warns(
         UserWarning, match="the step runs recorded, not compiled: RuntimeError: no C\\+\\+ compiler .the compiler needs"

@@ -16,12 +16,12 @@ from PIL import Image
 from scipy.io import savemat
 
 from pyro_nf.interface import untrusted
-from pyro_nf.models import (
+from pyro_nf.models import files
+from pyro_nf.models.benchmarks import image_files, images
+from pyro_nf.models.benchmarks.images import (
     Resampled,
     binarize,
     dequantize,
-    files,
-    images,
     load_caltech_silhouettes,
     load_frey_faces,
     load_mnist,
@@ -139,7 +139,7 @@ def test_mnist_holds_out_the_last_training_images(tmp_path, published):
 
 def test_drawings_are_averages_of_ink_over_boxes(tmp_path, published):
     write_zips(tmp_path)
-    pixels = images._read_drawings({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    pixels = image_files.read_drawings({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert pixels.shape == (6, 784)  # the shared one once
     # Row and column 14 are averages of three pixels from the 53rd on, whose centres lie within 14 to 15 times 3.75.
     ordered = [DRAWINGS[k] for k in (0, 2, 4, 1, 3, 5)]

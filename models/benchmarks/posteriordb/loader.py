@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyro_nf.interface import untrusted
 from pyro_nf.interface.arguments import checked
-from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
+from pyro_nf.models.benchmarks.posteriordb.catalogue import ENTRIES, Data, Floats
 
 _VARIABLE = "PYRO_NF_POSTERIORDB"
 _T = TypeVar("_T")
@@ -85,7 +85,7 @@ def load(
         developing Bayesian inference algorithms", arXiv:2407.04967.
 
     Example:
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> posteriordb.names()[0]
         'arK-arK'
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pyro_nf.interface.arguments import Size, checked
-from pyro_nf.models.posteriordb.loader import Posterior
+from pyro_nf.models.benchmarks.posteriordb.loader import Posterior
 from pyro_nf.programs.sites import is_latent
 from pyro_nf.programs.traces import log_prob_sum
 
@@ -66,7 +66,7 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> def wide():
         ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 2.0))
         >>> draws = {"z": torch.randn(10, 1000, generator=torch.Generator().manual_seed(0))}
@@ -96,7 +96,7 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> def half():
         ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
         ...     pyro.factor("half", torch.tensor(0.5).log())
