@@ -37,5 +37,5 @@ def test_old_attributes_are_the_new_ones(kind, old):
 
 
 def test_a_name_that_never_was_is_no_attribute():
-    with pytest.raises(AttributeError, match="module 'pyro_nf.flows' has no attribute 'Triangle'"):
+    with pytest.raises(AttributeError, match=r"module 'pyro_nf\.flows' has no attribute 'Triangle'"):
         flows.Triangle  # noqa: B018

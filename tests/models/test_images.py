@@ -201,8 +201,8 @@ def test_a_pickle_other_than_the_known_one_is_not_run(tmp_path, monkeypatch):
     ],
 )
 def test_checksums_are_compared_before_anything_is_parsed(load, name, tmp_path, monkeypatch):
-    for parser in ("_read_amat", "_read_idx", "_read_drawings"):
-        monkeypatch.setattr(images, parser, lambda content: pytest.fail("parsed"))
+    for parser in ("read_amat", "read_idx", "read_drawings"):
+        monkeypatch.setattr(image_files, parser, lambda content: pytest.fail("parsed"))
     (tmp_path / name).write_bytes(gzip.compress(b"another file"))
     with pytest.raises(ValueError, match="is not the file that was published"):
         load(tmp_path)
