@@ -1,5 +1,7 @@
 """Models and data to start from. A model knows nothing of its posterior's family."""
 
+from typing import TYPE_CHECKING
+
 from pyro_nf.interface.renamed import renamed
 from pyro_nf.models import eight_schools, imputation, tables
 from pyro_nf.models.digits import Digits, load_digits
@@ -12,6 +14,7 @@ from pyro_nf.models.likelihoods import (
     LogisticMixtureLikelihood,
     NormalLikelihood,
 )
+from pyro_nf.models.resampling import Resampled, binarize, dequantize
 
 __all__ = [
     "DLGM",
@@ -23,7 +26,10 @@ __all__ = [
     "Likelihood",
     "LogisticMixtureLikelihood",
     "NormalLikelihood",
+    "Resampled",
     "TableEncoder",
+    "binarize",
+    "dequantize",
     "eight_schools",
     "imputation",
     "load_digits",
@@ -33,17 +39,15 @@ __all__ = [
 _MODULES = ("energies", "fertility", "hard_posteriors", "motorcycle", "posteriordb")
 _IMAGES = (
     "Images",
-    "Resampled",
-    "binarize",
-    "dequantize",
     "load_caltech_silhouettes",
     "load_frey_faces",
     "load_mnist",
     "load_omniglot",
     "load_static_mnist",
 )
-__getattr__ = renamed(
-    __name__,
-    {name: f"pyro_nf.models.benchmarks.{name}" for name in _MODULES}
-    | {name: f"pyro_nf.models.benchmarks.images.{name}" for name in _IMAGES},
-)
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {name: f"pyro_nf.models.benchmarks.{name}" for name in _MODULES}
+        | {name: f"pyro_nf.models.benchmarks.images.{name}" for name in _IMAGES},
+    )

@@ -1,6 +1,5 @@
 """Posteriors that are known to be difficult, with what is known of them exactly."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pyro_nf.interface.arguments import Positive, Size, checked
+from pyro_nf.interface.arguments import Positive, Size, checked, did_you_mean
 from pyro_nf.models.benchmarks import fertility, motorcycle
 
 # The rotations are drawn from this seed; RandomState is frozen, the same numbers in every version of NumPy.
@@ -196,9 +195,7 @@ def load(name: str, *, dtype: torch.dtype = torch.float64, device: torch.device 
         164.696
     """
     if name not in _MAKERS:
-        near = difflib.get_close_matches(str(name), _MAKERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{hint}")
+        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{did_you_mean(name, _MAKERS)}")
     return _MAKERS[name](name, {"dtype": dtype, "device": device})
 
 

@@ -9,15 +9,15 @@ is read or unpacked.
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_nf.interface import untrusted
-from pyro_nf.interface.arguments import check_real_tensor, checked
+from pyro_nf.interface.arguments import checked
 from pyro_nf.models.benchmarks import image_files
 from pyro_nf.models.benchmarks.image_files import Pixels
 from pyro_nf.models.files import Files, Remote
@@ -135,7 +135,7 @@ def load_mnist(
     """Return MNIST in 256 grey levels: 50,000 / 10,000 / 10,000 images of 28 x 28, the last 10,000 for validation.
 
     From `train-images-idx3-ubyte.gz` and `t10k-images-idx3-ubyte.gz`. For binary images drawn anew in each epoch see
-    `Resampled` and `binarize`, for continuous ones `dequantize`.
+    `pyro_nf.models.Resampled` and `binarize`, for continuous ones `dequantize`.
 
     Args:
         folder: As in `load_static_mnist`.
@@ -266,60 +266,6 @@ def load_frey_faces(
         pixels = np.ascontiguousarray(image_files.read_mat(name, _get(files, name), "ff").T)
     _check("Frey faces", [pixels])
     return _images(_shuffled_parts(pixels, "Frey faces"), (1, 28, 20), dtype, device)
-
-
-@checked
-def binarize(levels: Tensor) -> Tensor:
-    """Draw a binary image from grey levels 0 to 255: each pixel is 1 with probability `level / 255`."""
-    return torch.bernoulli(_grey("levels", levels) / 255)
-
-
-@checked
-def dequantize(levels: Tensor) -> Tensor:
-    """Draw a continuous image from grey levels 0 to 255: `(level + u) / 256`, u uniform on [0, 1)."""
-    return (_grey("levels", levels) + torch.rand_like(levels)) / 256
-
-
-def _grey(name: str, levels: Tensor) -> Tensor:
-    check_real_tensor(name, levels)
-    if not bool(((levels >= 0) & (levels <= 255)).all()):
-        raise ValueError(
-            f"{name} must be grey levels from 0 to 255; got {float(levels.min())} to {float(levels.max())}"
-        )
-    return levels
-
-
-class Resampled:
-    """Data drawn anew from others, in place: dynamic binarisation, dequantisation.
-
-    A compiled fit reads its data where they are. As a callback of `FlowSVI`, this draws them anew at each evaluation:
-    with `eval_every` the steps of an epoch, in each epoch, at no cost to the steps.
-
-    Args:
-        source: What to draw from, grey levels for instance.
-        draw: Makes new values of the same shape from it: `binarize`, `dequantize`.
-
-    Attributes:
-        values: The data as they are now.
-
-    Example:
-        >>> import torch
-        >>> from pyro_nf.models.benchmarks.images import Resampled, binarize
-        >>> images = Resampled(torch.full((1000, 4), 51.0), binarize)
-        >>> before = images.values.clone()
-        >>> images()  # FlowSVI(..., callbacks=[images]).run(images.values, ...)
-        >>> bool((images.values != before).any())
-        True
-    """
-
-    @checked
-    def __init__(self, source: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-        self.source, self.draw = check_real_tensor("source", source), draw
-        self.values = draw(source)
-
-    def __call__(self, evaluation: Any = None) -> None:
-        """Draw the values anew."""
-        self.values.copy_(self.draw(self.source))
 
 
 def _get(files: Files, name: str) -> bytes:

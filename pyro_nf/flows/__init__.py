@@ -1,5 +1,7 @@
 """Flows: invertible maps with trainable parameters. Nothing in here knows about inference."""
 
+from typing import TYPE_CHECKING
+
 from pyro_nf.flows import stacks
 from pyro_nf.flows.affine import ElementwiseAffine, LowerTriangularAffine
 from pyro_nf.flows.autoregressive import Autoregressive
@@ -79,11 +81,12 @@ __all__ = [
     "unpaced",
 ]
 
-__getattr__ = renamed(
-    __name__,
-    {
-        "Triangular": "QuadraticTriangularMap",
-        "initialize": "initialize_actnorm",
-        "set_statistics": "set_batchnorm_statistics",
-    },
-)
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {
+            "Triangular": "QuadraticTriangularMap",
+            "initialize": "initialize_actnorm",
+            "set_statistics": "set_batchnorm_statistics",
+        },
+    )

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -365,4 +365,5 @@ def _is_trained(site: dict[str, Any]) -> bool:
     return bool(site["type"] == "param" and site["value"].requires_grad)
 
 
-__getattr__ = renamed(__name__, {"WarmUpELBO": "KLAnnealedELBO"})
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"WarmUpELBO": "KLAnnealedELBO"})

@@ -1,14 +1,21 @@
 """Public names that have changed: the old ones work for one release, and say what to write instead."""
 
+import functools
 import importlib
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def renamed(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """Return a module's `__getattr__` that hands out old names with a warning.
+
+    Assign it under `if not TYPE_CHECKING:`. A type checker takes a module with a `__getattr__` to have every name that
+    there is, and would no longer see a misspelt one.
 
     Args:
         module: The module's `__name__`.
@@ -33,6 +40,28 @@ def warn_of_old(old: str, new: str, stacklevel: int = 3) -> None:
     warnings.warn(
         f"{old} is now {new}; the old name goes with the next release", DeprecationWarning, stacklevel=stacklevel
     )
+
+
+def renamed_keyword(old: str, new: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Return a decorator of functions whose keyword `old` is called `new` by now: they take both, the old one warns.
+
+    Raises:
+        ValueError: From the decorated function, if it gets both.
+    """
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            if old in kwargs:
+                if new in kwargs:
+                    raise ValueError(f"{old} is the old name of {new}; got both: pass {new} alone")
+                warn_of_old(f"{old}=", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
 
 
 def renamed_attribute(old: str, new: str) -> Any:

@@ -1,5 +1,7 @@
 """Old public names work for one release, with a warning that says what to write instead."""
 
+import warnings
+
 import pytest
 
 from pyro_nf import diagnostics, flows, inference, models, objectives
@@ -34,6 +36,28 @@ def test_old_attributes_are_the_new_ones(kind, old):
     object.__setattr__(found, new, 0.25)
     with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
         assert getattr(found, old) == 0.25
+
+
+def test_an_old_keyword_is_the_new_one():
+    with pytest.warns(DeprecationWarning, match="bends= is now quadratic=; the old name goes with the next release"):
+        assert not flows.QuadraticTriangularMap(3, bends=False).quadratic
+    with pytest.raises(ValueError, match="bends is the old name of quadratic; got both: pass quadratic alone"):
+        flows.QuadraticTriangularMap(3, bends=False, quadratic=True)
+
+
+def test_the_warning_points_to_the_users_line():
+    with pytest.warns(DeprecationWarning, match="Triangular is now") as found:
+        _ = flows.Triangular
+    with pytest.warns(DeprecationWarning, match="bends= is now") as also_found:
+        flows.QuadraticTriangularMap(2, bends=True)
+    assert {warning.filename for warning in [*found, *also_found]} == {__file__}
+
+
+def test_python_shows_one_warning_for_a_line():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")
+        exec(compile("from pyro_nf.models import posteriordb", "script.py", "exec"), {"__name__": "script"})
+    assert len(found) == 1
 
 
 def test_a_name_that_never_was_is_no_attribute():
