@@ -19,6 +19,7 @@ from pyro_nf.guides.latents import (
 )
 from pyro_nf.guides.parameter_store import keep_buffers, keep_entries, withdraw
 from pyro_nf.programs._pyro import without_store
+from pyro_nf.programs.enumeration import is_discrete
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_latent
 
@@ -144,8 +145,10 @@ class PrototypeGuide(AutoGuide):
         return False
 
     def _prototype_hide_fn(self, site: Any) -> bool:
-        """Whether a site of the model is none of the guide's: no latent, or one that came later."""
-        return not is_latent(site) or bool(self._latents and site["name"] not in self._latents)
+        """Whether a site of the model is none of the guide's: no latent, a discrete one, or one that came later."""
+        if not is_latent(site) or is_discrete(site):
+            return True
+        return bool(self._latents and site["name"] not in self._latents)
 
     def _set_up(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._model is None:
