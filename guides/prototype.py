@@ -8,6 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pyro_nf.compiler.functorch import in_torchscript_trace
 from pyro_nf.guides.building import check_model
 from pyro_nf.guides.latents import (
     Shape,
@@ -123,7 +124,7 @@ class PrototypeGuide(AutoGuide):
             self._set_up(args, kwargs)
 
     def _is_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self._is_part or self._model is None or torch._C._get_tracing_state() is not None:
+        if self._is_part or self._model is None or in_torchscript_trace():
             return False
         kind = argument_kinds(args, kwargs)
         key = kind, argument_sizes(args, kwargs)
