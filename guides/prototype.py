@@ -18,7 +18,7 @@ from pyro_nf.guides.latents import (
     lost_latents,
     run_quietly,
 )
-from pyro_nf.guides.parameter_store import keep_buffers, keep_entries, withdraw
+from pyro_nf.guides.parameter_store import keep_entries, withdraw
 from pyro_nf.programs._pyro import without_store
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_latent
@@ -53,12 +53,6 @@ class PrototypeGuide(AutoGuide):
     def given_model(self) -> Any:
         """The model as the user gave it, `None` in a copy from a pickle."""
         return None if self._model is None else self._model[0]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample every latent site, as `forward`."""
-        result = super().__call__(*args, **kwargs)
-        keep_buffers(self)
-        return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a state dict, as any module does, before the first call or after it."""
