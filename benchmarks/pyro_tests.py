@@ -1,4 +1,4 @@
-"""Pyro's own tests, with `AutoFlow` in place of the guides that they are for: counts, and every failure explained.
+"""Pyro's own tests, with `AutoFlow` in place of the guides that they test: counts, and every failure explained.
 
     python benchmarks/pyro_tests.py CHECKOUT
 
