@@ -4,19 +4,15 @@
 """
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pyro_nf.interface.arguments import Size, checked
 from pyro_nf.models.benchmarks.posteriordb.loader import Posterior
-from pyro_nf.programs.coordinates import LogDensity, model_log_density
-from pyro_nf.programs.sites import is_latent
-from pyro_nf.programs.supports import bijection
+from pyro_nf.models.benchmarks.posteriordb.real_line import log_density, on_real_line
 
 # Draws that are run at once.
 _CHUNK = 1000
@@ -74,7 +70,7 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         >>> bool(scores["shift"].abs() < 4), bool(scores["spread"].abs() < 4)
         (True, False)
     """
-    z, density = _coordinates_and_density(posterior)
+    z, density = _reference(posterior), log_density(posterior)
     gradient = torch.cat([torch.func.vmap(torch.func.grad(density))(part) for part in z.split(_CHUNK)])
     return {"shift": _scores(gradient), "spread": _scores((z - z.mean(0)) * gradient + 1)}
 
@@ -103,7 +99,7 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
         >>> round(posteriordb.importance_evidence(posteriordb.Posterior("half", half, (), draws)).log_evidence, 1)
         -0.7
     """
-    z, density = _coordinates_and_density(posterior)
+    z, density = _reference(posterior), log_density(posterior)
     # The covariance of a Student-t is df / (df - 2) times its scale matrix; torch's of one coordinate is a scalar.
     scale_tril = torch.linalg.cholesky(torch.atleast_2d(z.T.cov()) * (_DF - 2) / _DF)
     proposal = dist.MultivariateStudentT(z.new_tensor(_DF), z.mean(0), scale_tril)
@@ -118,17 +114,9 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
     return Evidence(log_evidence, se, float(1 / weights.square().mean()))
 
 
-def _coordinates_and_density(posterior: Posterior) -> tuple[Tensor, LogDensity]:
-    """Return the reference draws on the real line, chain after chain, `(num_draws, dim)`, and the log density there."""
-    if posterior.reference is None:
-        raise ValueError(f"posterior must have reference draws; {posterior.name!r} has none")
-    model = partial(posterior.model, *posterior.args)
-    parts = []
-    for name, site in poutine.trace(model).get_trace().nodes.items():
-        if is_latent(site):
-            values = posterior.reference[name].flatten(0, 1)
-            parts.append(bijection(site).inv(values).reshape(len(values), -1))
-    return torch.cat(parts, 1), model_log_density(model)
+def _reference(posterior: Posterior) -> Tensor:
+    """Return the reference draws on the real line, the latents side by side, `(num_draws, dim)`."""
+    return torch.cat([values.reshape(len(values), -1) for values in on_real_line(posterior).values()], 1)
 
 
 def _scores(terms: Tensor) -> Tensor:
