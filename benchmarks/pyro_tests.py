@@ -4,9 +4,8 @@
 
 CHECKOUT is one of https://github.com/pyro-ppl/pyro, of the installed version. The names in `REPLACED` are `AutoFlow`
 while the tests run, and their own options are left out. Run are all tests that use one of these names, in whatever
-file: autoguides, reparametrisation, `Predictive`, serialisation. A test fails, too, where it takes more CPU
-time than `--seconds`. The script ends with an error if a test fails that `EXPLAINED` says nothing about. `--plain` leaves
-Pyro's
+file: autoguides, reparametrisation, `Predictive`, serialisation. A test fails, too, where it takes more CPU time than
+`--seconds`. The script ends with an error if a test fails that `EXPLAINED` says nothing about. `--plain` leaves Pyro's
 guides in place, which tells the failures of the tests themselves.
 """
 

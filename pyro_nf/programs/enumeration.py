@@ -117,8 +117,8 @@ def run_enumerated(
     except TooManyValuesError as error:
         raise ValueError(
             f"the values of the discrete latents {', '.join(map(repr, enumeration.parallel[:5]))} together make a "
-            f"tensor of {error.args[0]:,} numbers: write a chain of latents with pyro.markov, put independent ones into "
-            "a plate, or take fewer values"
+            f"tensor of {error.args[0]:,} numbers: write a chain of latents with pyro.markov, put independent ones "
+            "into a plate, or take fewer values"
         ) from error
     except InPlaceError:
         shared = None
