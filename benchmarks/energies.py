@@ -36,8 +36,7 @@ import torch
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference import ELBO, FlowSVI
 from pyro_nf.models.benchmarks import energies
 
 # NICE-ortho is the paper's; a spline step is a coupling.

@@ -34,8 +34,7 @@ import torch
 
 from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AmortizedFlow
-from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference import ELBO, FlowSVI
 from pyro_nf.models import HIVAE, TableEncoder, imputation, tables
 
 BASELINE = "mean/mode"

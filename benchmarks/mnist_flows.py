@@ -37,8 +37,7 @@ from torch import nn
 from pyro_nf.diagnostics import local_evidence
 from pyro_nf.flows import Householder, stacks
 from pyro_nf.guides import AmortizedFlow
-from pyro_nf.inference import FlowSVI, Status
-from pyro_nf.inference.elbo import KLAnnealedELBO
+from pyro_nf.inference import FlowSVI, KLAnnealedELBO, Status
 from pyro_nf.models import VAE
 from pyro_nf.models.benchmarks.images import load_static_mnist
 from pyro_nf.networks import GatedLinear, GatedMLP

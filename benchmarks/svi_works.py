@@ -20,8 +20,7 @@ from torch import nn
 
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AmortizedFlow, AutoFlow
-from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference import ELBO, FlowSVI
 from pyro_nf.models import DLGM, eight_schools
 from pyro_nf.networks import MLP
 

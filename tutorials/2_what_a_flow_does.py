@@ -32,8 +32,7 @@ import torch
 from pyro_nf.diagnostics import diagnose, plot_flow
 from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
-from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference import ELBO, FlowSVI
 
 pyro.set_rng_seed(0)
 

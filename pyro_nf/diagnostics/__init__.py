@@ -5,9 +5,10 @@ from pyro_nf.diagnostics.calibration import Calibration, calibrate
 from pyro_nf.diagnostics.comparison import compare
 from pyro_nf.diagnostics.correction import CorrectedPosterior, corrected_posterior
 from pyro_nf.diagnostics.diagnosis import Diagnosis, diagnose
+from pyro_nf.diagnostics.draw_plots import plot_flow, plot_pairs
 from pyro_nf.diagnostics.local import LocalEvidence, local_evidence
 from pyro_nf.diagnostics.loo import loo
-from pyro_nf.diagnostics.plots import plot_coverage, plot_elbo, plot_flow, plot_pairs, plot_weights
+from pyro_nf.diagnostics.plots import plot_coverage, plot_elbo, plot_weights
 from pyro_nf.diagnostics.verdict import Verdict
 
 __all__ = [

@@ -131,7 +131,7 @@ def diagnose(
         *args: The model's arguments: all the data, nothing subsampled; or all in one `Arguments`.
         num_samples: Draws in a set.
         num_sets: Sets.
-        num_starts: Climbs, for up to 500 coordinates; 0 for none.
+        num_starts: L-BFGS runs, for up to 500 coordinates; 0 for none.
         progress: Whether to show a bar, on stderr, if it takes longer than about two seconds.
         **kwargs: The model's keyword arguments.
 
