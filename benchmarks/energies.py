@@ -38,7 +38,7 @@ from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.elbo import ELBO
-from pyro_nf.models import energies
+from pyro_nf.models.benchmarks import energies
 
 # NICE-ortho is the paper's; a spline step is a coupling.
 FLOWS = {"planar": "planar", "radial": "radial", "NICE": "nice_ortho", "IAF": "iaf", "spline": "spline_coupling"}

@@ -32,7 +32,7 @@ import torch
 from pyro_nf import flows as f
 from pyro_nf.flows import stacks
 from pyro_nf.testing import FlowError, check_flow
-from pyro_nf.testing.checks import largest
+from pyro_nf.testing.cases import largest
 
 # Single flows, `make(dim, context_dim=...)`. A new flow is one line here; named stacks come by themselves.
 SINGLE = {

@@ -27,7 +27,7 @@ import torch
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.models import hard_posteriors
+from pyro_nf.models.benchmarks import hard_posteriors
 
 REFERENCES = Path(__file__).parent / "references" / "hard.json"
 GUIDES = {"AutoFlow": AutoFlow, "AutoFlow, mixture": partial(AutoFlow, base="mixture")}

@@ -29,7 +29,7 @@ from numpyro.infer.util import log_density, potential_energy, unconstrain_fn
 from pyro import poutine
 from scipy.special import logsumexp
 
-from pyro_nf.models import hard_posteriors, posteriordb
+from pyro_nf.models.benchmarks import hard_posteriors, posteriordb
 
 FILE = Path(__file__).parent / "references" / "hard.json"
 # Digits that are written: Monte Carlo errors begin in the third.

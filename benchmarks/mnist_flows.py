@@ -6,7 +6,7 @@ python benchmarks/mnist_flows.py [--families planar-10 iaf-4 ...] [--epochs 40] 
 The model: 40 latents, a gated decoder 300-300, static binary MNIST (Larochelle's). The guide: a gated encoder 300-300,
 whose last layer sets every parameter of the posterior, a normal with diagonal covariance and then a flow. All families
 have the same epochs, minibatches of 100, Adam at 5e-4 until two thirds of the epochs and down along a cosine to the
-end, and a divergence that is phased in over the first fifth (`WarmUpELBO`); the gradient is the total one. From one
+end, and a divergence that is phased in over the first fifth (`KLAnnealedELBO`); the gradient is the total one. From one
 seed all have the same initial encoder and decoder. Steps are FlowSVI's compiled ones, on data that live on the device.
 
 `ELBO` and `log p`, by `--samples` draws an image, are nats per test image: the bound on all 10,000, importance
@@ -38,8 +38,9 @@ from pyro_nf.diagnostics import local_evidence
 from pyro_nf.flows import Householder, stacks
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI, Status
-from pyro_nf.inference.elbo import WarmUpELBO
-from pyro_nf.models import VAE, load_static_mnist
+from pyro_nf.inference.elbo import KLAnnealedELBO
+from pyro_nf.models import VAE
+from pyro_nf.models.benchmarks.images import load_static_mnist
 from pyro_nf.networks import GatedLinear, GatedMLP
 
 LATENTS, HIDDEN, BATCH, RATE = 40, 300, 100, 5e-4
@@ -116,7 +117,7 @@ def fit(job, images, folder, progress):
     svi = FlowSVI(
         model,
         guide,
-        objective=WarmUpELBO(int(WARM_UP * job.epochs * steps), sticking_the_landing=False),
+        objective=KLAnnealedELBO(int(WARM_UP * job.epochs * steps), sticking_the_landing=False),
         num_particles=1,
         learning_rate=RATE,
         max_steps=job.epochs * steps,

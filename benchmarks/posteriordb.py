@@ -28,7 +28,7 @@ from pyro.optim import Adam
 from pyro_nf.diagnostics import diagnose
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.models import posteriordb
+from pyro_nf.models.benchmarks import posteriordb
 
 PEERS = {
     "Pyro AutoNormal": AutoNormal,

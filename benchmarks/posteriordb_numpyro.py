@@ -23,9 +23,9 @@ from jax.flatten_util import ravel_pytree
 from numpyro.distributions import constraints
 from numpyro.infer import init_to_uniform
 from numpyro.infer.util import initialize_model, potential_energy
-from posteriordb_peers import log_density_of, on_real_line
 
-from pyro_nf.models import posteriordb
+from pyro_nf.models.benchmarks import posteriordb
+from pyro_nf.models.benchmarks.posteriordb.real_line import log_density, on_real_line
 
 numpyro.enable_x64()
 
@@ -236,7 +236,7 @@ def compare(name, folder, num_points=100):
     theirs = jax.vmap(jax.value_and_grad(lambda sites: -potential_energy(model, args, {}, sites)))
     density, gradient = theirs({site: jnp.array(values.numpy()) for site, values in draws.items()})
     points = torch.cat([values.reshape(num_points, -1) for values in draws.values()], 1)
-    ours, our_gradient = torch.func.vmap(torch.func.grad_and_value(log_density_of(posterior)))(points)[::-1]
+    ours, our_gradient = torch.func.vmap(torch.func.grad_and_value(log_density(posterior)))(points)[::-1]
     gradient = np.concatenate([np.reshape(gradient[site], (num_points, -1)) for site in draws], 1)
     constant = float(np.mean(density - ours.numpy()))
     return {

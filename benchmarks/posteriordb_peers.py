@@ -27,12 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from pyro import poutine
 
 from pyro_nf.diagnostics.weights import summarize
-from pyro_nf.programs.coordinates import model_log_density
-from pyro_nf.programs.sites import is_latent
-from pyro_nf.programs.supports import bijection
+from pyro_nf.models.benchmarks.posteriordb.real_line import latents, log_density
 
 LEARNING_RATES = {"AutoMultivariateNormal": 0.0005, "AutoBNAFNormal": 0.003}
 CHUNK = 100  # steps of a scan
@@ -92,7 +89,7 @@ def pymc_advi(method, posterior, seconds, seed):
     from pytensor import wrap_jax
 
     logging.getLogger("pymc").setLevel(logging.ERROR)
-    log_density, initial, to_sites = flat_log_density(posterior)
+    their_density, initial, to_sites = flat_log_density(posterior)
     start, steps = time.perf_counter(), 0
 
     def stop(approximation, losses, step):
@@ -103,7 +100,7 @@ def pymc_advi(method, posterior, seconds, seed):
 
     with pm.Model():
         point = pm.Flat("point", shape=initial.shape, initval=np.asarray(initial))
-        pm.Potential("log_density", wrap_jax(log_density)(point))
+        pm.Potential("log_density", wrap_jax(their_density)(point))
         # No step takes less than 10 microseconds: the time ends the fit, not the number of steps.
         fitted = pm.fit(int(seconds * 1e5), method=method, random_seed=seed, callbacks=[stop], progressbar=False)
     taken = time.perf_counter() - start
@@ -149,25 +146,7 @@ def weigh(posterior, draws):
     """Return the figures of the draws' weights under our own density, in float64, as `diagnose` finds them."""
     # Side by side in the order of our latents.
     points = np.concatenate([draws.sites[name].reshape(len(draws.log_q), -1) for name in latents(posterior)], 1)
-    log_density = torch.func.vmap(log_density_of(posterior))
+    our_density = torch.func.vmap(log_density(posterior))
     with torch.no_grad():
-        log_p = torch.cat([log_density(part) for part in torch.from_numpy(points).split(NUM_SAMPLES // 10)])
+        log_p = torch.cat([our_density(part) for part in torch.from_numpy(points).split(NUM_SAMPLES // 10)])
     return summarize((log_p.numpy() - draws.log_q).reshape(NUM_SETS, NUM_SAMPLES))
-
-
-def log_density_of(posterior):
-    """Return the log density of our Pyro model on the real line, of its latents side by side, `(dim,) -> ()`."""
-    return model_log_density(posterior.model, posterior.args, {})
-
-
-def on_real_line(posterior):
-    """Return the reference draws on the real line, `{site: (num_draws, *shape)}`."""
-    return {
-        name: bijection(site).inv(posterior.reference[name].flatten(0, 1)) for name, site in latents(posterior).items()
-    }
-
-
-def latents(posterior):
-    """Return the latent sites of our Pyro model, in its order."""
-    trace = poutine.trace(posterior.model).get_trace(*posterior.args)
-    return {name: site for name, site in trace.nodes.items() if is_latent(site)}

@@ -7,7 +7,7 @@ import argparse
 
 import pandas as pd
 
-from pyro_nf.models import posteriordb
+from pyro_nf.models.benchmarks import posteriordb
 
 
 def check(name, folder, num_draws):

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.distributions.bases import NormalBase
 from pyro_nf.flows import ElementwiseAffine, Flow, Sequential
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like
+from pyro_nf.guides.building import FlowLike, build_flow, check_flow_like
+from pyro_nf.guides.flow_guide import FlowGuide
 from pyro_nf.guides.latents import check_latents, has_rows
 from pyro_nf.interface.arguments import check_choice
 from pyro_nf.programs.program import signature

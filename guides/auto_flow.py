@@ -20,7 +20,8 @@ from pyro_nf.distributions import FlowDistribution, ScoredDraw
 from pyro_nf.distributions.bases import BaseLike, check_base, make_base
 from pyro_nf.distributions.mixture import MixtureBase
 from pyro_nf.flows import ElementwiseAffine, Flow, Paced, Sequential, WhitenedAffine, stacks
-from pyro_nf.guides.flow_guide import FlowGuide, FlowLike, build_flow, check_flow_like, is_inside
+from pyro_nf.guides.building import FlowLike, build_flow, check_flow_like
+from pyro_nf.guides.flow_guide import FlowGuide, is_inside
 from pyro_nf.guides.latents import check_latents
 from pyro_nf.interface.arguments import check_number, check_whole_number, unpacked
 from pyro_nf.programs._pyro import num_plate_elements

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.guides.amortized import AmortizedFlow, AnySizeGuide, Arguments, check_encoder, check_indices
 from pyro_nf.guides.auto_flow import AutoFlow
-from pyro_nf.guides.flow_guide import FlowLike
+from pyro_nf.guides.building import FlowLike
 from pyro_nf.guides.latents import trace_latents
 from pyro_nf.networks import start_at_zero
 

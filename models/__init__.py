@@ -1,29 +1,12 @@
 """Models and data to start from. A model knows nothing of its posterior's family."""
 
-from pyro_nf.models import (
-    eight_schools,
-    energies,
-    fertility,
-    hard_posteriors,
-    imputation,
-    motorcycle,
-    posteriordb,
-    tables,
-)
+from typing import TYPE_CHECKING
+
+from pyro_nf.interface.renamed import renamed
+from pyro_nf.models import eight_schools, imputation, tables
 from pyro_nf.models.digits import Digits, load_digits
 from pyro_nf.models.dlgm import DLGM, VAE
 from pyro_nf.models.hivae import HIVAE, TableEncoder
-from pyro_nf.models.images import (
-    Images,
-    Resampled,
-    binarize,
-    dequantize,
-    load_caltech_silhouettes,
-    load_frey_faces,
-    load_mnist,
-    load_omniglot,
-    load_static_mnist,
-)
 from pyro_nf.models.likelihoods import (
     BernoulliLikelihood,
     CategoricalLikelihood,
@@ -31,6 +14,7 @@ from pyro_nf.models.likelihoods import (
     LogisticMixtureLikelihood,
     NormalLikelihood,
 )
+from pyro_nf.models.resampling import Resampled, binarize, dequantize
 
 __all__ = [
     "DLGM",
@@ -39,7 +23,6 @@ __all__ = [
     "BernoulliLikelihood",
     "CategoricalLikelihood",
     "Digits",
-    "Images",
     "Likelihood",
     "LogisticMixtureLikelihood",
     "NormalLikelihood",
@@ -48,17 +31,23 @@ __all__ = [
     "binarize",
     "dequantize",
     "eight_schools",
-    "energies",
-    "fertility",
-    "hard_posteriors",
     "imputation",
-    "load_caltech_silhouettes",
     "load_digits",
+    "tables",
+]
+
+_MODULES = ("energies", "fertility", "hard_posteriors", "motorcycle", "posteriordb")
+_IMAGES = (
+    "Images",
+    "load_caltech_silhouettes",
     "load_frey_faces",
     "load_mnist",
     "load_omniglot",
     "load_static_mnist",
-    "motorcycle",
-    "posteriordb",
-    "tables",
-]
+)
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {name: f"pyro_nf.models.benchmarks.{name}" for name in _MODULES}
+        | {name: f"pyro_nf.models.benchmarks.images.{name}" for name in _IMAGES},
+    )

@@ -1,7 +1,6 @@
 """Tables with columns of several kinds and missing entries: read, checked, and three of them from the literature."""
 
 import csv
-import difflib
 import io
 import math
 import os
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_nf.interface import untrusted
-from pyro_nf.interface.arguments import checked
+from pyro_nf.interface.arguments import checked, did_you_mean
 from pyro_nf.models.files import Files, Remote
 
 KINDS = ("real", "pos", "count", "cat", "ordinal")
@@ -127,9 +126,7 @@ def load(
         arXiv:1807.03653, section 5; the tables are from the UCI machine learning repository.
     """
     if name not in _FILES:
-        near = difflib.get_close_matches(str(name), _FILES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{hint}")
+        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{did_you_mean(name, _FILES)}")
     if percent_missing not in PERCENTS:
         raise ValueError(f"percent_missing must be one of {', '.join(map(str, PERCENTS))}; got {percent_missing!r}")
     data, types, missing = (_file(name, part) for part in ("data", "data_types", f"Missing{percent_missing}_1"))

@@ -21,7 +21,8 @@ from torch import nn
 import pyro_nf
 from pyro_nf import diagnostics, flows, guides, inference, models, networks, testing
 from pyro_nf.inference import elbo, staged
-from pyro_nf.models import energies, hard_posteriors, imputation, posteriordb, tables
+from pyro_nf.models import imputation, tables
+from pyro_nf.models.benchmarks import energies, hard_posteriors, posteriordb
 
 ROOT = pathlib.Path(pyro_nf.__file__).parent
 Y = torch.tensor([1.0, 2.0, 0.5])
@@ -159,8 +160,14 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "flows.LogisticMixture": (flows.LogisticMixture, {"num_components": 4}),
     "flows.RationalQuadraticSpline": (flows.RationalQuadraticSpline, {"num_bins": 4, "bound": 5.0}),
     "flows.random_orthogonal": (flows.random_orthogonal, {"dim": 3, "generator": None}),
-    "flows.initialize": (flows.initialize, {"flow": flows.ActNorm(3), "data": torch.randn(5, 3), "inverse": True}),
-    "flows.set_statistics": (flows.set_statistics, {"flow": flows.BatchNorm(3), "data": torch.randn(5, 3)}),
+    "flows.initialize_actnorm": (
+        flows.initialize_actnorm,
+        {"flow": flows.ActNorm(3), "data": torch.randn(5, 3), "inverse": True},
+    ),
+    "flows.set_batchnorm_statistics": (
+        flows.set_batchnorm_statistics,
+        {"flow": flows.BatchNorm(3), "data": torch.randn(5, 3)},
+    ),
     "flows.multiscale": (flows.multiscale, {"event_shape": (1, 4, 4), "num_scales": 1, "steps": lambda s, last: []}),
     "flows.stacks.make": (flows.stacks.make, {"name": "realnvp", "dim": 3, "depth": 2, "context_dim": 0}),
     "networks.MADE": (networks.MADE, {"dim": 3, "num_params": 2, "hidden_dims": (4,), "order": None}),
@@ -180,7 +187,7 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         {"num_particles": 4, "sticking_the_landing": True, "annealing_steps": 0},
     ),
     "inference.elbo.IWELBO": (elbo.IWELBO, {"num_importance_samples": 2, "num_particles": 4}),
-    "inference.elbo.WarmUpELBO": (elbo.WarmUpELBO, {"warmup_steps": 2, "free_bits": 0.1, "num_particles": 4}),
+    "inference.elbo.KLAnnealedELBO": (elbo.KLAnnealedELBO, {"warmup_steps": 2, "free_bits": 0.1, "num_particles": 4}),
     "diagnostics.calibrate": (
         lambda **o: diagnostics.calibrate(model, lambda simulated: prior, Y, **o),
         {"num_simulations": 20, "num_samples": 100, "num_workers": 1, "seed": 0},

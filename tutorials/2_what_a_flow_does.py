@@ -133,7 +133,7 @@ print(diagnose(model, default, ring))
 # %% [markdown]
 # The default holds both halves. The draws between them are what is left of the normal: a flow stretches, and
 # cannot tear. Were the halves further apart, a guide could end in one of them with perfect weights, for weights
-# are of its own draws; that is why `diagnose` climbs the density from other points too.
+# are of its own draws; that is why `diagnose` runs L-BFGS from other points too.
 #
 # ## One kind of layer, more and more of it
 #
@@ -184,7 +184,7 @@ _ = plot_flow(guides["spline coupling, 4 layers"])
 # %% [markdown]
 # ## The other three
 #
-# Back to the defaults: a fit in stages, first the nearest normal, then a curved one, then a flow in coordinates of the
+# Back to the defaults: a fit in stages, first the nearest normal, then a map of it, then a flow in coordinates of the
 # normal.
 
 # %%

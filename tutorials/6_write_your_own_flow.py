@@ -139,7 +139,7 @@ guides = {
 }
 rows, draws = {}, {}
 for name, guide in guides.items():
-    # A learning rate makes it one stage, of the flow alone: without the curve that a fit in stages tries before.
+    # A learning rate makes it one stage, of the flow alone: without the map that a fit in stages tries before.
     FlowSVI(model, guide, learning_rate=0.01, seed=0, progress=False).run(*data)
     found = diagnose(model, guide, *data)
     rows[name] = {

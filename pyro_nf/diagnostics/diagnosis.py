@@ -18,6 +18,7 @@ from pyro_nf.diagnostics.stein import stein_residual
 from pyro_nf.diagnostics.verdict import Evidence, Gradients, Verdict, decide
 from pyro_nf.diagnostics.weights import WeightSummary, log_densities, require_whole_data, summarize
 from pyro_nf.interface.arguments import check_whole_number, unpacked
+from pyro_nf.interface.renamed import renamed_attribute
 from pyro_nf.interface.waits import one_at_a_time
 from pyro_nf.programs.calls import takes_model_arguments
 from pyro_nf.programs.coordinates import LogDensity, coordinate_names, coordinates, model_log_density
@@ -65,6 +66,8 @@ class Diagnosis(WeightSummary):
     verdict: Verdict
     reasons: tuple[str, ...]
     notes: tuple[str, ...]
+
+    left_out = renamed_attribute("left_out", "missed_mass")
 
     @property
     def reliable(self) -> bool:

@@ -10,6 +10,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 
 from pyro_nf.diagnostics.arviz_versions import psislw
+from pyro_nf.interface.renamed import renamed_attribute
 from pyro_nf.programs.program import BoundProgram, TracePair
 from pyro_nf.programs.traces import guide_log_prob, log_prob_sum
 
@@ -68,6 +69,8 @@ class WeightSummary:
     max_weight: float
     num_samples: int
     frac_zero_density: float
+
+    outside = renamed_attribute("outside", "frac_zero_density")
 
 
 def summarize(log_weights: Floats) -> WeightSummary:

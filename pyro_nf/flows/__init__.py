@@ -1,5 +1,7 @@
 """Flows: invertible maps with trainable parameters. Nothing in here knows about inference."""
 
+from typing import TYPE_CHECKING
+
 from pyro_nf.flows import stacks
 from pyro_nf.flows.affine import ElementwiseAffine, LowerTriangularAffine
 from pyro_nf.flows.autoregressive import Autoregressive
@@ -12,7 +14,7 @@ from pyro_nf.flows.householder import Householder
 from pyro_nf.flows.images import Channelwise, ImageCoupling, Split, Squeezed, multiscale
 from pyro_nf.flows.linear import Diagonal, LULinear, Rotation, random_orthogonal
 from pyro_nf.flows.linear_iaf import LinearIAF
-from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize, set_statistics
+from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize_actnorm, set_batchnorm_statistics
 from pyro_nf.flows.paced import Paced, unpaced
 from pyro_nf.flows.permutation import Permutation
 from pyro_nf.flows.planar import Planar
@@ -29,6 +31,7 @@ from pyro_nf.flows.transformers import (
 )
 from pyro_nf.flows.triangular import QuadraticTriangularMap
 from pyro_nf.flows.whitened import WhitenedAffine
+from pyro_nf.interface.renamed import renamed
 
 __all__ = [
     "ActNorm",
@@ -70,10 +73,20 @@ __all__ = [
     "SymmetricConvolution",
     "Transformer",
     "WhitenedAffine",
-    "initialize",
+    "initialize_actnorm",
     "multiscale",
     "random_orthogonal",
-    "set_statistics",
+    "set_batchnorm_statistics",
     "stacks",
     "unpaced",
 ]
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(
+        __name__,
+        {
+            "Triangular": "QuadraticTriangularMap",
+            "initialize": "initialize_actnorm",
+            "set_statistics": "set_batchnorm_statistics",
+        },
+    )

@@ -32,9 +32,9 @@ class ActNorm(ElementwiseAffine):
 
     Example:
         >>> import torch
-        >>> from pyro_nf.flows.normalization import ActNorm, initialize
+        >>> from pyro_nf.flows.normalization import ActNorm, initialize_actnorm
         >>> flow = ActNorm(1)
-        >>> initialize(flow, torch.tensor([[1.0], [3.0]]))
+        >>> initialize_actnorm(flow, torch.tensor([[1.0], [3.0]]))
         >>> flow.inv(torch.tensor([[1.0], [2.0], [3.0]])).flatten().tolist()
         [-1.0, 0.0, 1.0]
     """
@@ -44,7 +44,7 @@ class ActNorm(ElementwiseAffine):
     @checked
     def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__(dim, context_dim)
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(0.0))
         self._measuring = False
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class ActNorm(ElementwiseAffine):
     def _set(self, loc: Tensor, log_scale: Tensor) -> None:
         self.params.get_parameter("loc").copy_(loc)
         self.params.get_parameter("log_scale").copy_(unbound(log_scale, LOG_SCALE_BOUND))
-        self.initialized.fill_(True)
+        self.initialized.fill_(1.0)
         self._measuring = False
 
 
@@ -77,8 +77,8 @@ class BatchNorm(Flow):
     data this is so in training mode, too. From data to base, in training mode, m and v are mean and variance of the
     batch `y` over all batch dimensions (gradients flow through them), and the running statistics follow them. Then the
     points of a batch depend on each other; the log-determinant is that of the map of one point with the statistics held
-    fixed; and the directions are no inverses. Call `eval()` before any density is reported, and `set_statistics`
-    first, to replace the running statistics by those of all training data.
+    fixed; and the directions are no inverses. Call `eval()` before any density is reported, and
+    `set_batchnorm_statistics` first, to replace the running statistics by those of all training data.
 
     Args:
         dim: Number of coordinates.
@@ -147,7 +147,7 @@ class BatchNorm(Flow):
 
 
 @checked
-def initialize(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
+def initialize_actnorm(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
     r"""Set every `ActNorm` in a flow that is not yet initialised from one pass of data through the flow.
 
     Args:
@@ -163,9 +163,9 @@ def initialize(flow: Flow, data: Tensor, context: Tensor | None = None, inverse:
     Example:
         >>> import torch
         >>> from pyro_nf.flows import Planar, Sequential
-        >>> from pyro_nf.flows.normalization import ActNorm, initialize
+        >>> from pyro_nf.flows.normalization import ActNorm, initialize_actnorm
         >>> flow = Sequential(ActNorm(2), Planar(2), ActNorm(2))
-        >>> initialize(flow, 5 + 3 * torch.randn(100, 2))
+        >>> initialize_actnorm(flow, 5 + 3 * torch.randn(100, 2))
         >>> [bool(part.initialized) for part in flow.modules() if isinstance(part, ActNorm)]
         [True, True]
     """
@@ -174,7 +174,7 @@ def initialize(flow: Flow, data: Tensor, context: Tensor | None = None, inverse:
 
 
 @checked
-def set_statistics(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
+def set_batchnorm_statistics(flow: Flow, data: Tensor, context: Tensor | None = None, inverse: bool = True) -> None:
     r"""Set the running statistics of every `BatchNorm` in a flow to those of all data, in one pass.
 
     Args:
@@ -189,9 +189,9 @@ def set_statistics(flow: Flow, data: Tensor, context: Tensor | None = None, inve
 
     Example:
         >>> import torch
-        >>> from pyro_nf.flows.normalization import BatchNorm, set_statistics
+        >>> from pyro_nf.flows.normalization import BatchNorm, set_batchnorm_statistics
         >>> flow = BatchNorm(1)
-        >>> set_statistics(flow, torch.tensor([[10.0], [30.0]]))
+        >>> set_batchnorm_statistics(flow, torch.tensor([[10.0], [30.0]]))
         >>> flow.mean
         tensor([20.])
     """

@@ -1,6 +1,5 @@
 """Named stacks of flows, each the identity at first: `make("realnvp", dim)`."""
 
-import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from pyro_nf.flows.transformers import (
     RationalQuadraticSpline,
     Transformer,
 )
-from pyro_nf.interface.arguments import Count, Size, checked
+from pyro_nf.interface.arguments import Count, Size, checked, did_you_mean
 
 
 @checked
@@ -54,8 +53,7 @@ def make(name: str, dim: Size, **options: Any) -> Flow:
         [0.0, 0.0, 0.0, 0.0, 0.0]
     """
     if name not in _STACKS:
-        near = difflib.get_close_matches(str(name), _STACKS, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(name, _STACKS, most=3)
         raise ValueError(f"flow must be one of {', '.join(names())}; got {name!r}{hint}")
     return _STACKS[name](dim, **options)
 

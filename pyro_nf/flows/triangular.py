@@ -9,6 +9,7 @@ from torch import Tensor
 from pyro_nf.flows.base import Flow
 from pyro_nf.flows.numerics import multiply, solve_triangular, strictly_lower, strictly_lower_index
 from pyro_nf.interface.arguments import Count, Size, checked
+from pyro_nf.interface.renamed import renamed_keyword
 from pyro_nf.networks import ContextParameters
 
 # E sqrt(1 + z^2) over a standard normal: the mean by which the skewing function would shift.
@@ -75,6 +76,7 @@ class QuadraticTriangularMap(Flow):
     entries: Tensor
     triples: Tensor
 
+    @renamed_keyword("bends", "quadratic")
     @checked
     def __init__(self, dim: Size, context_dim: Count = 0, *, quadratic: bool = True) -> None:
         super().__init__((dim,), context_dim)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_nf.approximations.density import Density
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.interface.arguments import AtLeast, Count, Size, checked
+from pyro_nf.interface.renamed import renamed
 from pyro_nf.programs.matching import warn_of_mismatches
 from pyro_nf.programs.noise import SubstituteNormals
 from pyro_nf.programs.program import BoundProgram, Program, Randomness, TracePair
@@ -183,7 +184,7 @@ class CoordinateELBO(ELBO):
         return _mean_of_usable((log_p - log_q).detach(), (points * residual).sum(-1), usable)
 
 
-class WarmUpELBO(ELBO):
+class KLAnnealedELBO(ELBO):
     r"""ELBO whose divergence from the prior is phased in, and may be left some free bits: for autoencoders.
 
     `E_q[log p(x | z)] - beta sum_j max(KL_j, num_data * free_bits)`, where `KL_j = E_q[log q(z_j) - log p(z_j)]` is
@@ -215,13 +216,13 @@ class WarmUpELBO(ELBO):
     Example:
         >>> import pyro
         >>> import pyro.distributions as dist
-        >>> from pyro_nf.inference.elbo import WarmUpELBO
+        >>> from pyro_nf.inference.elbo import KLAnnealedELBO
         >>> from pyro.infer import SVI
         >>> from pyro_nf.guides import AutoFlow
         >>> def model():
         ...     z = pyro.sample("z", dist.Normal(1.0, 2.0))
         ...     pyro.sample("x", dist.Normal(z, 1.0), obs=z.new_zeros(()))
-        >>> svi = SVI(model, AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), WarmUpELBO(100, num_particles=16))
+        >>> svi = SVI(model, AutoFlow(model), pyro.optim.Adam({"lr": 0.01}), KLAnnealedELBO(100, num_particles=16))
         >>> isinstance(svi.step(), float)
         True
     """
@@ -242,7 +243,7 @@ class WarmUpELBO(ELBO):
         spec = program.spec
         if names := nonreparam_sites(spec.traces.guide):
             raise ValueError(
-                f"WarmUpELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient"
+                f"KLAnnealedELBO takes guides with reparametrised draws; those of {names[0]!r} carry no gradient"
             )
         latents = [name for name, site in spec.traces.model.nodes.items() if is_latent(site)]
         guide_sites = spec.traces.guide.nodes
@@ -362,3 +363,7 @@ def _unscaled_sum(trace: poutine.Trace, names: list[str]) -> Tensor:
 
 def _is_trained(site: dict[str, Any]) -> bool:
     return bool(site["type"] == "param" and site["value"].requires_grad)
+
+
+if not TYPE_CHECKING:
+    __getattr__ = renamed(__name__, {"WarmUpELBO": "KLAnnealedELBO"})

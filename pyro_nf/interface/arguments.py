@@ -160,13 +160,25 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], also: str = "") 
         return value
     words = [repr(choice) for choice in accepted] + ([also] if also else [])
     listed = " or ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-    near = (
-        difflib.get_close_matches(value, [c for c in accepted if isinstance(c, str)], n=1, cutoff=0.4)
-        if isinstance(value, str)
-        else []
-    )
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} must be {listed}; got {_shown(value)}{hint}")
+    raise ValueError(f"{name} must be {listed}; got {_shown(value)}{did_you_mean(value, accepted)}")
+
+
+def did_you_mean(value: Any, choices: Iterable[Any], most: int = 1) -> str:
+    """Return the end of a sentence that offers the names nearest to one that is not known.
+
+    Args:
+        value: What came.
+        choices: What is accepted; names are offered, and nothing else.
+        most: How many names to offer at most.
+
+    Returns:
+        `"; did you mean 'a' or 'b'?"`, or nothing if no name is near.
+    """
+    if not isinstance(value, str):
+        return ""
+    known = [choice for choice in choices if isinstance(choice, str)]
+    near = difflib.get_close_matches(value, known, n=most, cutoff=0.4)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def named_arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

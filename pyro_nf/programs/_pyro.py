@@ -7,6 +7,7 @@ from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import _bound_partial, _context_wrap
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.subsample_messenger import _Subsample
+from torch import nn
 
 SEPARATOR = "$$$"
 """What stands in the parameter store between a module's name and that of its parameter."""
@@ -41,3 +42,9 @@ def num_plate_elements() -> int:
         if isinstance(handler, IndepMessenger) and handler._vectorized is not False:
             number *= handler.size
     return number
+
+
+def without_store(module: nn.Module) -> None:
+    """Remove the weak references to the parameter store that Pyro leaves on parameters, which cannot be pickled."""
+    for param in module.parameters():
+        param.__dict__.pop("unconstrained", None)

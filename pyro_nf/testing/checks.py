@@ -1,168 +1,21 @@
-"""The checks behind `check_flow`, one function each.
-
-How errors are measured. Everything is computed in float64, and the error of a point or a log-determinant counts
-relative to 1 + its size. The limit, `TOLERANCE`, lies 8 digits above float64's rounding unit, so that a right formula
-passes by far. Yet a map with wild parameters can be so steep that exact formulas lose these digits as well: no inverse
-can be better than the rounding of its input allows. A numerically stable computation returns the exact result of
-slightly perturbed data. So the suite evaluates the map again with its parameters perturbed by `ROUNDING`, relatively,
-and its input relative to 1 + its size, and forgives errors up to four times the change that this makes (of the few
-perturbations tried, none is the worst). At ordinary parameters that is nothing. Where it moves a point that should come
-back by more than the tolerance, the point is lost, and its log-determinant is not compared with that of the way there.
-"""
+"""The checks behind `check_flow`, one function each."""
 
 import copy
 import math
 import pickle
 import re
-import textwrap
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import TransformModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from pyro_nf.flows import Flow
-
-TOLERANCE = 1e-8
-# 64 rounding units of float64: the errors of some dozens of operations.
-ROUNDING = 64 * torch.finfo(torch.float64).eps
-# Of the sum over a grid that stands for the integral, at moderate parameters: a grid errs by half a cell at a jump.
-INTEGRAL_TOLERANCE = 5e-3
-# Parameters as they came, or normal of this standard deviation.
-INITIAL, MODERATE, RANDOM, WILD = 0.0, 0.1, 1.0, 5.0
-
-
-class _BreachError(Exception):
-    """A finding without a figure."""
-
-
-class _Maps(nn.Module):
-    """Both directions of a flow or transform as one callable module."""
-
-    def __init__(self, flow: TransformModule) -> None:
-        super().__init__()
-        self.flow = flow
-
-    def forward(self, point: Tensor, context: Tensor | None = None, inverse: bool = False) -> tuple[Tensor, Tensor]:
-        """Return the mapped point and the log-determinant."""
-        if isinstance(self.flow, Flow):
-            return (self.flow.inverse_and_log_det if inverse else self.flow.forward_and_log_det)(point, context)
-        if inverse:
-            x = self.flow.inv(point)
-            return x, -self.flow.log_abs_det_jacobian(x, point)
-        y = self.flow(point)
-        return y, self.flow.log_abs_det_jacobian(point, y)
-
-
-@dataclass(frozen=True)
-class Case:
-    """A flow at some parameters, with points `(n, *event_shape)` and contexts `(n, context_dim)` to try it on."""
-
-    name: str
-    wild: bool
-    pristine: _Maps
-    neighbours: tuple[_Maps, ...]
-    points: Tensor
-    context: Tensor | None
-    event_dim: int
-
-    @staticmethod
-    def make(flow: TransformModule, event_shape: tuple[int, ...], scale: float, seed: int, reach: float) -> "Case":
-        """Copy a flow, set its parameters to this scale, and draw points for it."""
-        torch.manual_seed(seed)
-        maps = _Maps(copy.deepcopy(flow)).double()
-        parameters = list(maps.parameters())
-        base = torch.randn(6, *event_shape, dtype=torch.float64)
-        far = [multiple * base[:3] for multiple in (10, 100, 1000) if multiple <= reach]
-        points = [base, *far, torch.zeros_like(base[:1])]
-        with torch.no_grad():
-            for p in parameters:
-                if scale != INITIAL:
-                    p.copy_(scale * torch.randn(p.shape, dtype=torch.float64))
-                if p.shape == torch.Size(event_shape):
-                    points.append(p[None].cpu())
-            neighbours = tuple(copy.deepcopy(maps) for _ in range(3))
-            for p in (p for neighbour in neighbours for p in neighbour.parameters()):
-                p.mul_(1 + ROUNDING * torch.randn_like(p))
-        device = parameters[0].device if parameters else None
-        all_points = torch.cat(points).to(device)
-        width = getattr(flow, "context_dim", 0)
-        context = torch.randn(len(all_points), width, dtype=torch.float64).to(device) if width else None
-        name = "as they came" if scale == INITIAL else f"~ N(0, {scale:g}^2)"
-        return Case(name, scale == WILD, maps, neighbours, all_points, context, len(event_shape))
-
-    def maps(self) -> _Maps:
-        """Return the flow, in a copy of its own for each check."""
-        return copy.deepcopy(self.pristine)
-
-    def rounding(self, function: Callable[[_Maps, Tensor], Tensor], point: Tensor) -> Tensor:
-        """Return what to forgive `function(maps, point)` because of `ROUNDING` of point and parameters, `(n,)`."""
-        result = function(self.maps(), point)
-        errors = ROUNDING * (1 + point.abs())
-        near = (function(maps, point + errors * torch.randn_like(point)) for maps in self.neighbours)
-        return 4 * torch.stack([_size(other - result) for other in near]).amax(0)
-
-    def rounding_back(self, function: Callable[[_Maps, Tensor], Tensor], y: Tensor) -> Tensor:
-        """Return `rounding` of a function of the inverse of y, infinite where the inverse itself is lost."""
-        back = self.rounding(lambda maps, y: maps(y, self.context, inverse=True)[0], y)
-        return torch.where(back > TOLERANCE * (1 + _size(self.points)), math.inf, self.rounding(function, y))
-
-    def log_base(self, x: Tensor) -> Tensor:
-        """Return the log density of a standard normal base."""
-        return -0.5 * (x**2 + math.log(2 * math.pi)).flatten(x.dim() - self.event_dim).sum(-1)
-
-    def score(self, maps: _Maps, y: Tensor) -> Tensor:
-        """Return the log density of `y`, over a standard normal base."""
-        x, log_det = maps(y, self.context, inverse=True)
-        score: Tensor = self.log_base(x) + log_det
-        return score
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that must hold: `measure` returns an error, at most `limit`, or raises; `fault` says what is wrong."""
-
-    name: str
-    fault: str
-    measure: Callable[[Case], float | None]
-    scales: tuple[float, ...] = (RANDOM,)
-    limit: float = TOLERANCE
-
-    def run(self, case: Case) -> tuple[float | None, str | None]:
-        """Return the error if there is one, and what to say if it is too large."""
-        try:
-            error = self.measure(case)
-        except _BreachError as breach:
-            return math.nan, str(breach)
-        except Exception as exception:  # whatever a flow under test raises is a finding
-            return math.nan, textwrap.shorten(f"raises {type(exception).__name__}: {exception}", 160)
-        if error is None or error <= self.limit:
-            return error, None
-        return error, "is not finite" if math.isnan(error) else f"{self.fault}: {error:.1e}, allowed {self.limit:.0e}"
-
-
-def _size(tensor: Tensor) -> Tensor:
-    """The largest entry of each point or, of log-determinants, each entry: `(n,)`."""
-    return tensor.detach().abs() if tensor.dim() < 2 else tensor.detach().flatten(1).abs().amax(1)
-
-
-def _error(got: Tensor, wanted: Tensor, rounding: Tensor | float = 0.0) -> float:
-    """The largest |got - wanted| relative to 1 + |wanted|, less where rounding explains it; NaN if not finite."""
-    if got.shape != wanted.shape:
-        raise _BreachError(f"must have shape {tuple(wanted.shape)}; got {tuple(got.shape)}")
-    # The ratio form of |got - wanted| <= TOLERANCE (1 + |wanted|) + rounding, which may be infinite.
-    error = _size(got - wanted) / (1 + _size(wanted) + rounding / TOLERANCE)
-    return largest(error.tolist())
-
-
-def largest(errors: Iterable[float]) -> float:
-    """The largest error, or NaN if there is one."""
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error)
+from pyro_nf.testing.cases import ROUNDING, BreachError, Case, Maps, error_of, largest, size_of
 
 
 def _jacobian(case: Case, inverse: bool) -> tuple[Tensor, Tensor]:
@@ -187,7 +40,7 @@ def log_det(case: Case, inverse: bool) -> float:
     near = [_slogdet(jacobian + errors * torch.randn_like(jacobian)) for _ in range(3)]
     rounding = 4 * torch.stack([(other - wanted).abs() for other in near]).amax(0)
     # Errors that move it by as much as a tenth are no longer small: the Jacobian is singular to rounding.
-    return _error(log_det, wanted, torch.where(rounding > 0.1, math.inf, rounding))
+    return error_of(log_det, wanted, torch.where(rounding > 0.1, math.inf, rounding))
 
 
 def _slogdet(matrix: Tensor) -> Tensor:
@@ -209,11 +62,11 @@ def round_trip(case: Case, inverse: bool) -> float:
     back = maps(there, context, not inverse)[0].detach()
     rounding = case.rounding(lambda maps, point: maps(point, context, not inverse)[0], there)
     # Rounding of the size of the point itself says nothing about the error.
-    lost = rounding > 0.1 * (1 + _size(case.points))
+    lost = rounding > 0.1 * (1 + size_of(case.points))
     again = maps(back, context, inverse)[0]
     again_rounding = case.rounding(lambda maps, point: maps(point, context, inverse)[0], back)
-    errors = [_error(back[~lost], case.points[~lost], rounding[~lost])] if not bool(lost.all()) else []
-    errors += [_error(again[lost], there[lost], again_rounding[lost])] if bool(lost.any()) else []
+    errors = [error_of(back[~lost], case.points[~lost], rounding[~lost])] if not bool(lost.all()) else []
+    errors += [error_of(again[lost], there[lost], again_rounding[lost])] if bool(lost.any()) else []
     return largest(errors)
 
 
@@ -222,14 +75,14 @@ def cancel(case: Case) -> float:
     maps, context = case.maps(), case.context
     y, log_det = (result.detach() for result in maps(case.points, context))
     rounding = case.rounding_back(lambda maps, y: maps(y, context, inverse=True)[1], y)
-    return _error(-maps(y, context, inverse=True)[1], log_det, rounding)
+    return error_of(-maps(y, context, inverse=True)[1], log_det, rounding)
 
 
 def joint_score(case: Case) -> float:
     """The density that comes with a draw is the density of the draw."""
     maps = case.maps()
     y, log_det = (result.detach() for result in maps(case.points, case.context))
-    return _error(case.score(maps, y), case.log_base(case.points) - log_det, case.rounding_back(case.score, y))
+    return error_of(case.score(maps, y), case.log_base(case.points) - log_det, case.rounding_back(case.score, y))
 
 
 def pushed_score(case: Case) -> float | None:
@@ -238,12 +91,12 @@ def pushed_score(case: Case) -> float | None:
     if not isinstance(maps.flow, Flow):
         return None
 
-    def gradient(maps: _Maps, y: Tensor) -> Tensor:
+    def gradient(maps: Maps, y: Tensor) -> Tensor:
         y = y.detach().requires_grad_()
         return torch.autograd.grad(case.score(maps, y).sum(), y)[0]
 
     y, _, score = maps.flow.forward_with_score(case.points, -case.points, case.context)
-    return _error(score, gradient(maps, y), case.rounding_back(gradient, y.detach()))
+    return error_of(score, gradient(maps, y), case.rounding_back(gradient, y.detach()))
 
 
 @torch.no_grad()
@@ -279,9 +132,9 @@ def precision(case: Case, inverse: bool) -> None:
         outcomes |= {f"gradient to {name}": g for name, g in zip(inputs, gradients, strict=True) if g is not None}
         for name, tensor in outcomes.items():
             if not bool(tensor.isfinite().all()):
-                raise _BreachError(f"fails: {name} is not finite in {dtype}")
+                raise BreachError(f"fails: {name} is not finite in {dtype}")
             if (tensor.dtype, tensor.device) != (dtype, case.points.device):
-                raise _BreachError(
+                raise BreachError(
                     f"fails: {name} is {tensor.dtype} on {tensor.device} for {dtype} on {case.points.device}"
                 )
 
@@ -306,7 +159,7 @@ def gradcheck(case: Case, inverse: bool) -> None:
         torch.autograd.gradcheck(function, inputs, fast_mode=True)
     except GradcheckError as error:
         text = re.sub(r"input (\d+)", lambda found: names[int(found[1])], str(error).splitlines()[0].rstrip(","))
-        raise _BreachError(f"fails: {text} (finite differences fail as well where the map grows too fast)") from error
+        raise BreachError(f"fails: {text} (finite differences fail as well where the map grows too fast)") from error
 
 
 def shapes(case: Case, inverse: bool) -> float:
@@ -324,13 +177,13 @@ def shapes(case: Case, inverse: bool) -> float:
         value, log_det = maps(*given, inverse=inverse)
         if value.shape != whole + event or log_det.shape != whole:
             came = " and contexts ".join(str(tuple(tensor.shape)) for tensor in given)
-            raise _BreachError(f"are wrong: points {came} give {tuple(value.shape)}, log-det {tuple(log_det.shape)}")
+            raise BreachError(f"are wrong: points {came} give {tuple(value.shape)}, log-det {tuple(log_det.shape)}")
         expanded = [given[0].expand(whole + event).reshape(-1, *event)]
         expanded += [context.expand(*whole, width).reshape(-1, width) for context in given[1:]]
         for i in range(whole.numel()):
             single = maps(*(tensor[i] for tensor in expanded), inverse=inverse)
             got = value.reshape(-1, *event)[i], log_det.reshape(-1)[i]
-            errors += [_error(g[None], s[None]) for g, s in zip(got, single, strict=True)]
+            errors += [error_of(g[None], s[None]) for g, s in zip(got, single, strict=True)]
     return largest(errors)
 
 
@@ -351,7 +204,7 @@ def transformed(case: Case, inverse: bool, by: Callable[..., Any]) -> float:
     """The map under a transformation of functions (`vmap`, compilation) against the plain call."""
     maps, given = case.maps(), [case.points] if case.context is None else [case.points, case.context]
     got = by(lambda *given: maps(*given, inverse=inverse))(*given)
-    return largest(map(_error, got, maps(*given, inverse=inverse)))
+    return largest(map(error_of, got, maps(*given, inverse=inverse)))
 
 
 def cache(case: Case, inverse: bool) -> float:
@@ -364,7 +217,7 @@ def cache(case: Case, inverse: bool) -> float:
     fresh = case.maps()
     fresh.load_state_dict(maps.state_dict())
     wanted = fresh(case.points.clone(), case.context, inverse)
-    return largest(map(_error, maps(case.points, case.context, inverse), wanted))
+    return largest(map(error_of, maps(case.points, case.context, inverse), wanted))
 
 
 def parameters(case: Case) -> None:
@@ -377,11 +230,11 @@ def parameters(case: Case) -> None:
     else:
         for leaf in _leaves(total):
             if leaf not in named and leaf.numel():
-                raise _BreachError(f"fail: a tensor of shape {tuple(leaf.shape)} requires grad, but is not registered")
+                raise BreachError(f"fail: a tensor of shape {tuple(leaf.shape)} requires grad, but is not registered")
         gradients = torch.autograd.grad(total, list(named), allow_unused=True)
         idle = [name for name, g in zip(named.values(), gradients, strict=True) if g is None or not bool(g.any())]
     if idle:
-        raise _BreachError(f"fail: of no influence on point and log-det are {', '.join(idle)}")
+        raise BreachError(f"fail: of no influence on point and log-det are {', '.join(idle)}")
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
@@ -399,7 +252,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 def copies(case: Case, factory: Callable[[], TransformModule] | None) -> float:
     """Copies after a backward pass, and a fresh flow with the state of this one."""
     flow, given = case.maps().flow, (case.points, case.context)
-    wanted = _Maps(flow)(*given)
+    wanted = Maps(flow)(*given)
     total = wanted[0].sum() + wanted[1].sum()
     if total.requires_grad:
         total.backward()
@@ -407,7 +260,7 @@ def copies(case: Case, factory: Callable[[], TransformModule] | None) -> float:
     if factory is not None:
         copies.append(factory().to(case.points))
         copies[-1].load_state_dict(flow.state_dict())
-    return largest(error for other in copies for error in map(_error, _Maps(other)(*given), wanted))
+    return largest(error for other in copies for error in map(error_of, Maps(other)(*given), wanted))
 
 
 def distributions(case: Case) -> float:
@@ -420,7 +273,7 @@ def distributions(case: Case) -> float:
         base = package.Independent(package.Normal(torch.zeros_like(case.points[0]), 1.0), case.event_dim)
         law = package.TransformedDistribution(base, [transform])
         for value in (case.points.clone(), law.rsample(case.points.shape[:1]).detach()):
-            errors.append(_error(law.log_prob(value), case.score(maps, value)))
+            errors.append(error_of(law.log_prob(value), case.score(maps, value)))
     return largest(errors)
 
 
@@ -429,5 +282,5 @@ def identity(case: Case) -> float:
     errors = []
     for inverse in (False, True):
         value, log_det = case.maps()(case.points, case.context, inverse)
-        errors += [_error(value, case.points), _error(log_det, torch.zeros_like(log_det))]
+        errors += [error_of(value, case.points), error_of(log_det, torch.zeros_like(log_det))]
     return largest(errors)

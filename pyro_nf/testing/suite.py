@@ -11,7 +11,10 @@ import torch
 from pyro.distributions import TransformModule
 
 from pyro_nf.interface.arguments import Positive, check_has, checked
-from pyro_nf.testing import checks
+from pyro_nf.testing import cases, checks
+
+# The parameters at which most checks run.
+_EVERY = (cases.INITIAL, cases.RANDOM, cases.WILD)
 
 
 @dataclass(frozen=True)
@@ -104,56 +107,16 @@ def check_flow(
         raise ValueError(
             f"event_shape of a {type(flow).__name__} must have {flow.domain.event_dim} sizes; got {event_shape}"
         )
-    every = (checks.INITIAL, checks.RANDOM, checks.WILD)
-    plan = []
-    for name, inverse in (("forward", False), ("inverse", True)):
-        plan += [
-            checks.Check(f"{name} log-det", "differs from autograd's", partial(checks.log_det, inverse=inverse), every),
-            checks.Check(f"{name} round trip", "misses the start", partial(checks.round_trip, inverse=inverse), every),
-            checks.Check(f"{name} precision", "", partial(checks.precision, inverse=inverse), every),
-            checks.Check(f"{name} gradcheck", "", partial(checks.gradcheck, inverse=inverse)),
-            checks.Check(
-                f"{name} shapes", "differ from one point after another", partial(checks.shapes, inverse=inverse)
-            ),
-            checks.Check(f"{name} cache", "differs from a fresh copy", partial(checks.cache, inverse=inverse)),
-            checks.Check(
-                f"{name} vmap",
-                "differs from the batch",
-                partial(checks.transformed, inverse=inverse, by=torch.func.vmap),
-            ),
-        ]
-    plan += [
-        checks.Check("sum of log-dets", "of both directions is not 0", checks.cancel, every),
-        checks.Check("joint score", "differs from the score of the draw", checks.joint_score, every),
-        checks.Check("pushed score", "differs from autograd's", checks.pushed_score, (checks.MODERATE,)),
-        checks.Check("parameters", "", checks.parameters, (checks.MODERATE,)),
-        checks.Check("copies", "differ from the original", partial(checks.copies, factory=factory), limit=0.0),
-        checks.Check("distributions", "of torch and Pyro score differently", checks.distributions),
-    ]
-    if math.prod(event_shape) <= 2:
-        plan.append(
-            checks.Check(
-                "density", "has an integral off 1", checks.integral, (checks.MODERATE,), checks.INTEGRAL_TOLERANCE
-            )
-        )
-    if identity:
-        plan.append(checks.Check("identity", "is missed", checks.identity, (checks.INITIAL,)))
-    if triangular is not None:
-        fault = f"is not {triangular} triangular"
-        plan.append(checks.Check("Jacobian", fault, partial(checks.triangular, kind=triangular), limit=0.0))
-    if compile is not None:
-        compiled = partial(checks.transformed, inverse=compile == "inverse", by=checks.compiled)
-        plan.append(checks.Check(f"{compile} compile", "differs from the plain call", compiled))
-
+    plan = _plan(math.prod(event_shape), identity, triangular, factory, compile)
     figures: dict[str, float] = {}
     failures: dict[str, list[str]] = defaultdict(list)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
-        cases = {scale: checks.Case.make(flow, event_shape, scale, seed, reach) for scale in (*every, checks.MODERATE)}
+        tried = {scale: cases.Case.make(flow, event_shape, scale, seed, reach) for scale in (*_EVERY, cases.MODERATE)}
         for check in plan:
-            for case in map(cases.__getitem__, check.scales):
+            for case in map(tried.__getitem__, check.scales):
                 figure, failure = check.run(case)
                 if figure is not None:
-                    figures[check.name] = checks.largest([figures.get(check.name, 0.0), figure])
+                    figures[check.name] = cases.largest([figures.get(check.name, 0.0), figure])
                 if failure is not None:
                     failures[f"{check.name} {failure}"].append(case.name)
     sentences = tuple(f"{failure} (parameters {', '.join(names)})" for failure, names in failures.items())
@@ -164,3 +127,53 @@ def check_flow(
     if failures:
         raise FlowError(report)
     return report
+
+
+def _plan(
+    size: int,
+    identity: bool,
+    triangular: str | None,
+    factory: Callable[[], TransformModule] | None,
+    compile: str | None,  # noqa: A002 - as torch calls it
+) -> list[cases.Check]:
+    """Return the checks of a flow over so many numbers."""
+    plan = []
+    for name, inverse in (("forward", False), ("inverse", True)):
+        plan += [
+            cases.Check(f"{name} log-det", "differs from autograd's", partial(checks.log_det, inverse=inverse), _EVERY),
+            cases.Check(f"{name} round trip", "misses the start", partial(checks.round_trip, inverse=inverse), _EVERY),
+            cases.Check(f"{name} precision", "", partial(checks.precision, inverse=inverse), _EVERY),
+            cases.Check(f"{name} gradcheck", "", partial(checks.gradcheck, inverse=inverse)),
+            cases.Check(
+                f"{name} shapes", "differ from one point after another", partial(checks.shapes, inverse=inverse)
+            ),
+            cases.Check(f"{name} cache", "differs from a fresh copy", partial(checks.cache, inverse=inverse)),
+            cases.Check(
+                f"{name} vmap",
+                "differs from the batch",
+                partial(checks.transformed, inverse=inverse, by=torch.func.vmap),
+            ),
+        ]
+    plan += [
+        cases.Check("sum of log-dets", "of both directions is not 0", checks.cancel, _EVERY),
+        cases.Check("joint score", "differs from the score of the draw", checks.joint_score, _EVERY),
+        cases.Check("pushed score", "differs from autograd's", checks.pushed_score, (cases.MODERATE,)),
+        cases.Check("parameters", "", checks.parameters, (cases.MODERATE,)),
+        cases.Check("copies", "differ from the original", partial(checks.copies, factory=factory), limit=0.0),
+        cases.Check("distributions", "of torch and Pyro score differently", checks.distributions),
+    ]
+    if size <= 2:
+        plan.append(
+            cases.Check(
+                "density", "has an integral off 1", checks.integral, (cases.MODERATE,), cases.INTEGRAL_TOLERANCE
+            )
+        )
+    if identity:
+        plan.append(cases.Check("identity", "is missed", checks.identity, (cases.INITIAL,)))
+    if triangular is not None:
+        fault = f"is not {triangular} triangular"
+        plan.append(cases.Check("Jacobian", fault, partial(checks.triangular, kind=triangular), limit=0.0))
+    if compile is not None:
+        compiled = partial(checks.transformed, inverse=compile == "inverse", by=checks.compiled)
+        plan.append(cases.Check(f"{compile} compile", "differs from the plain call", compiled))
+    return plan

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_nf.flows import Additive, Affine, Flow, Gated, LowerTriangularAffine, Permutation, Planar, Sequential
 from pyro_nf.flows.images import Channelwise, ImageCoupling, Split, Squeezed, multiscale
-from pyro_nf.flows.normalization import ActNorm, initialize
+from pyro_nf.flows.normalization import ActNorm, initialize_actnorm
 from pyro_nf.testing import check_flow
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -88,7 +88,7 @@ def test_architectures_on_digits(make: Callable[..., Flow]) -> None:
 
 def test_glow_is_initialized_by_images() -> None:
     flow, images = glow((1, 8, 8), 2, depth=2), 100 + 50 * torch.rand(20, 1, 8, 8)
-    initialize(flow, images)
+    initialize_actnorm(flow, images)
     assert all(part.initialized for part in flow.modules() if isinstance(part, ActNorm))
     x, _ = flow.inverse_and_log_det(images)
     assert 0.5 < float(x.detach().std()) < 2

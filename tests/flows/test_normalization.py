@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_nf.flows import Coupling, ElementwiseAffine, Inverse, Permutation, Planar, Sequential
 from pyro_nf.flows.images import Channelwise
-from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize, set_statistics
+from pyro_nf.flows.normalization import ActNorm, BatchNorm, initialize_actnorm, set_batchnorm_statistics
 from pyro_nf.testing import check_flow
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -42,7 +42,7 @@ def test_contract(make: type[ActNorm], dim: int, context_dim: int) -> None:
 @pytest.mark.parametrize("inverse", [True, False])
 def test_initialize_normalizes_in_the_direction_of_the_data(batch: tuple[int, ...], inverse: bool) -> None:
     flow, points = ActNorm(3), data(*batch)
-    initialize(flow, points, inverse=inverse)
+    initialize_actnorm(flow, points, inverse=inverse)
     out, _ = flow.inverse_and_log_det(points) if inverse else flow.forward_and_log_det(points)
     assert_standard(out)
     check_flow(flow, identity=False)
@@ -55,7 +55,7 @@ def test_initialize_sets_all_in_one_pass(inverse: bool) -> None:
         for p in [*flow.flows[1].parameters(), *flow.flows[3].parameters()]:
             p.copy_(torch.randn_like(p))
     points = data(50)
-    initialize(flow, points, inverse=inverse)
+    initialize_actnorm(flow, points, inverse=inverse)
     parts = list(flow.flows)
     for part in reversed(parts) if inverse else parts:
         points, _ = part.inverse_and_log_det(points) if inverse else part.forward_and_log_det(points)
@@ -65,13 +65,13 @@ def test_initialize_sets_all_in_one_pass(inverse: bool) -> None:
 
 def test_initialize_takes_statistics_over_pixels() -> None:
     flow, images = Channelwise(ActNorm(3), 2, 5), data(4, 2, 5).movedim(-1, -3)
-    initialize(flow, images)
+    initialize_actnorm(flow, images)
     assert_standard(flow.inverse_and_log_det(images)[0].movedim(-3, -1))
 
 
 def test_initialize_sets_the_own_part_under_a_context() -> None:
     flow, points, context = ActNorm(3, context_dim=2), data(100), torch.randn(100, 2)
-    initialize(flow, points, context)
+    initialize_actnorm(flow, points, context)
     assert_standard(flow.inverse_and_log_det(points, context)[0])
     assert flow.params.from_context is not None
     assert not flow.params.from_context.weight.any()
@@ -79,20 +79,20 @@ def test_initialize_sets_the_own_part_under_a_context() -> None:
 
 def test_initialize_leaves_what_is_initialized() -> None:
     first, second = ActNorm(3), ActNorm(3)
-    initialize(first, data(10))
+    initialize_actnorm(first, data(10))
     before = copy.deepcopy(first.state_dict())
-    initialize(Sequential(second, first), data(20))
+    initialize_actnorm(Sequential(second, first), data(20))
     torch.testing.assert_close(dict(first.state_dict()), dict(before), rtol=0, atol=0)
     assert second.initialized
 
 
 def test_state_dict_restores_values_and_flag() -> None:
     flow, fresh = ActNorm(3), ActNorm(3)
-    initialize(flow, data(10))
+    initialize_actnorm(flow, data(10))
     fresh.load_state_dict(flow.state_dict())
     assert fresh.initialized
     points = data(5)
-    initialize(fresh, data(20))
+    initialize_actnorm(fresh, data(20))
     torch.testing.assert_close(fresh(points), flow(points), rtol=0, atol=0)
 
 
@@ -102,7 +102,7 @@ def test_constant_coordinates_are_only_centred(dtype: torch.dtype, inverse: bool
     flow = ActNorm(4).to(dtype)
     points = torch.tensor([0.1, 0.0, 12345.678, 0.0], dtype=dtype).repeat(1000, 1)
     points[:, 3] = torch.randn(1000)
-    initialize(flow, points, inverse=inverse)
+    initialize_actnorm(flow, points, inverse=inverse)
     out, log_det = flow.inverse_and_log_det(points) if inverse else flow.forward_and_log_det(points)
     torch.testing.assert_close(out[:, :3], torch.zeros_like(out[:, :3]), rtol=0, atol=1e-2)
     torch.testing.assert_close(log_det, -points[:, 3].std(correction=0).log().expand(1000), rtol=1e-4, atol=1e-4)
@@ -111,13 +111,13 @@ def test_constant_coordinates_are_only_centred(dtype: torch.dtype, inverse: bool
 @pytest.mark.parametrize("scale", [1e-30, 1e-10, 1e10, 1e25])
 def test_scales_of_any_size_stay_finite(scale: float) -> None:
     flow, points = ActNorm(1).float(), scale * torch.randn(50, 1, dtype=torch.float32)
-    initialize(flow, points)
+    initialize_actnorm(flow, points)
     assert all(bool(t.isfinite().all()) for t in flow.inverse_and_log_det(points))
 
 
 def test_one_point_is_centred() -> None:
     flow, point = ActNorm(3), data()
-    initialize(flow, point)
+    initialize_actnorm(flow, point)
     x, log_det = flow.inverse_and_log_det(point)
     torch.testing.assert_close(x, torch.zeros(3))
     assert float(log_det.detach()) == 0.0
@@ -131,7 +131,7 @@ class _Failing(Permutation):
 def test_a_failing_pass_leaves_nothing_switched_on() -> None:
     flow = Sequential(ActNorm(3), _Failing(range(3)), ActNorm(3))
     with pytest.raises(RuntimeError, match="no way through"):
-        initialize(flow, data(10))
+        initialize_actnorm(flow, data(10))
     before = copy.deepcopy(flow.flows[0].state_dict())
     flow.flows[0].inverse_and_log_det(data(10))
     torch.testing.assert_close(dict(flow.flows[0].state_dict()), dict(before), rtol=0, atol=0)
@@ -141,7 +141,7 @@ def test_a_failing_pass_leaves_nothing_switched_on() -> None:
 
 def test_parameters_train_after_initialize() -> None:
     flow = ActNorm(3)
-    initialize(flow, data(10))
+    initialize_actnorm(flow, data(10))
     x, log_det = flow.inverse_and_log_det(data(4))
     (x.square().sum() + log_det.sum()).backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in flow.parameters())
@@ -194,7 +194,7 @@ def test_running_statistics_follow() -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_running_statistics_undo_the_normalization(training: bool) -> None:
     flow = trained()
-    set_statistics(flow, data(50))
+    set_batchnorm_statistics(flow, data(50))
     before = copy.deepcopy(flow.state_dict())
     x = torch.randn(5, 3)
     y, log_det = flow.train(training).forward_and_log_det(x)
@@ -208,7 +208,7 @@ def test_running_statistics_undo_the_normalization(training: bool) -> None:
 def test_set_statistics_are_those_of_all_data(training: bool) -> None:
     flow, points = Sequential(BatchNorm(3), Planar(3), BatchNorm(3, momentum=0.01)), data(40)
     flow.train(training)
-    set_statistics(flow, points)
+    set_batchnorm_statistics(flow, points)
     torch.testing.assert_close(flow.flows[2].mean, points.mean(0))
     torch.testing.assert_close(flow.flows[2].variance, points.var(0, correction=0) + 1e-5)
     # What arrives at the first has passed the last, already set.
@@ -220,14 +220,14 @@ def test_set_statistics_are_those_of_all_data(training: bool) -> None:
 def test_set_statistics_through_an_inverse() -> None:
     flow, points = Sequential(Inverse(BatchNorm(3)), ElementwiseAffine(3)), data(40)
     with pytest.raises(ValueError, match=r"data must reach every layer .* with inverse=True they miss 1"):
-        set_statistics(flow, points)
-    set_statistics(flow, points, inverse=False)
+        set_batchnorm_statistics(flow, points)
+    set_batchnorm_statistics(flow, points, inverse=False)
     torch.testing.assert_close(flow.flows[0].flow.mean, points.mean(0))
 
 
 def test_state_dict_restores_statistics() -> None:
     flow, fresh = trained(), BatchNorm(3)
-    set_statistics(flow, data(20))
+    set_batchnorm_statistics(flow, data(20))
     fresh.load_state_dict(flow.state_dict())
     points = data(5)
     torch.testing.assert_close(
@@ -268,7 +268,7 @@ def test_eps_must_be_positive(eps: float) -> None:
         BatchNorm(3, eps=eps)
 
 
-@pytest.mark.parametrize("function", [initialize, set_statistics])
+@pytest.mark.parametrize("function", [initialize_actnorm, set_batchnorm_statistics])
 def test_data_must_be_points(function: type) -> None:
     flow = Sequential(ActNorm(3), BatchNorm(3))
     with pytest.raises(ValueError, match=r"data must be a tensor of real numbers, at least one, .* of shape \(0, 3\)"):

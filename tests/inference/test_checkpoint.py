@@ -14,7 +14,7 @@ from pyro_nf.flows import ElementwiseAffine, Planar
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.checkpoint import Progress
-from pyro_nf.inference.elbo import ELBO, WarmUpELBO
+from pyro_nf.inference.elbo import ELBO, KLAnnealedELBO
 from pyro_nf.inference.optim import State
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint, args, kwargs, message
         ({"learning_rate": 0.04}, r"the option learning_rate was 0.05 and is 0.04"),
         ({"num_particles": 8, "clip_norm": 3.0}, "num_particles was 4 and is 8; the option clip_norm was 10 and is 3"),
         ({"objective": ELBO(annealing_steps=5)}, r"the option objective.annealing_steps was 0 and is 5"),
-        ({"objective": WarmUpELBO()}, "the option objective was ELBO and is WarmUpELBO"),
+        ({"objective": KLAnnealedELBO()}, "the option objective was ELBO and is KLAnnealedELBO"),
     ],
 )
 def test_a_checkpoint_of_other_options_is_refused(checkpoint, options, message):

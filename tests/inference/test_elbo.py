@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_fea
 from pyro_nf.flows import ElementwiseAffine
 from pyro_nf.guides import AmortizedFlow, AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, WarmUpELBO
+from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, KLAnnealedELBO
 from pyro_nf.programs.program import Program
 
 COV = torch.tensor([[2.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
@@ -350,7 +350,7 @@ def location_gradient(objective, num_particles=20_000, step=0):
 @pytest.mark.parametrize("sticking", [True, False])
 @pytest.mark.parametrize(("step", "beta"), [(0, 0.01), (49, 0.5), (1000, 1.0)])
 def test_warming_up_weighs_the_divergence_and_reports_the_elbo(step, beta, sticking):
-    value, grad = location_gradient(WarmUpELBO(100, sticking_the_landing=sticking), step=step)
+    value, grad = location_gradient(KLAnnealedELBO(100, sticking_the_landing=sticking), step=step)
     loc = TwoNormals().loc.detach()
     # The likelihood pulls towards the data, beta times the divergence N |loc|^2 / 2 towards 0.
     pull = (OBSERVED - loc[0] - 0.1 * loc[1]).sum(0)
@@ -362,7 +362,7 @@ def test_warming_up_weighs_the_divergence_and_reports_the_elbo(step, beta, stick
 @pytest.mark.parametrize("sticking", [True, False])
 def test_sites_within_their_free_bits_have_no_divergence_to_climb(sticking):
     # Divergences for each datum: 2.5 and 0.005 nats.
-    _, grad = location_gradient(WarmUpELBO(0, free_bits=0.5, sticking_the_landing=sticking))
+    _, grad = location_gradient(KLAnnealedELBO(0, free_bits=0.5, sticking_the_landing=sticking))
     loc = TwoNormals().loc.detach()
     pull = (OBSERVED - loc[0] - 0.1 * loc[1]).sum(0)
     assert torch.allclose(grad, torch.stack([pull - 20 * loc[0], 0.1 * pull]), atol=0.5)
@@ -378,7 +378,7 @@ def test_under_one_flow_all_latents_share_their_free_bits():
         guide.zero_grad()
         program = Program(autoencoder, guide).bind(OBSERVED, batch_size=5)
         draws = program.draw(2)._replace(indices={"data": torch.arange(5)})
-        _, surrogate = WarmUpELBO(free_bits=free_bits).estimate(program, draws)
+        _, surrogate = KLAnnealedELBO(free_bits=free_bits).estimate(program, draws)
         surrogate.backward()
         grads.append(loc.grad.clone())
     assert torch.allclose(grads[0], grads[1], atol=1e-4)
@@ -388,7 +388,7 @@ def test_under_one_flow_all_latents_share_their_free_bits():
 def test_a_fit_that_warms_up_ends_at_the_elbo():
     guide = AmortizedFlow(autoencoder, torch.nn.Linear(2, 3), None)
     options = {"num_particles": 8, "learning_rate": 0.05, "max_steps": 200, "seed": 0, "progress": False}
-    result = FlowSVI(autoencoder, guide, objective=WarmUpELBO(50), **options).run(OBSERVED)
+    result = FlowSVI(autoencoder, guide, objective=KLAnnealedELBO(50), **options).run(OBSERVED)
     exact = dist.MultivariateNormal(torch.zeros(2), 2.01 * torch.eye(2)).log_prob(OBSERVED).sum()
     # Two latents a coordinate, whose correlation of -.07 a mean-field normal misses: .1 nats.
     assert result.elbo == pytest.approx(float(exact), abs=0.5)
@@ -403,4 +403,4 @@ def test_a_fit_that_warms_up_ends_at_the_elbo():
 )
 def test_bad_warm_ups_get_a_sentence(options, message):
     with pytest.raises(ValueError, match=message):
-        WarmUpELBO(**options)
+        KLAnnealedELBO(**options)

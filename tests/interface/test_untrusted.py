@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from pyro_nf.interface import untrusted
-from pyro_nf.models import posteriordb, tables
+from pyro_nf.models import tables
+from pyro_nf.models.benchmarks import posteriordb
 
 NAME = "eight_schools-eight_schools_noncentered"
 DATA = {"y": [1.0, 2.0], "sigma": [1.0, 1.0], "J": 2}

@@ -11,7 +11,7 @@ from torch import nn
 from pyro_nf.diagnostics import local_evidence
 from pyro_nf.guides import AmortizedFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.inference.elbo import WarmUpELBO
+from pyro_nf.inference.elbo import KLAnnealedELBO
 from pyro_nf.models import DLGM, VAE, BernoulliLikelihood, NormalLikelihood, load_digits
 from pyro_nf.networks import GatedLinear, GatedMLP, ImageDecoder, ImageEncoder
 
@@ -104,7 +104,7 @@ def test_digits_are_learnt_in_seconds(name):
     svi = FlowSVI(
         model,
         guide,
-        objective=WarmUpELBO(50, sticking_the_landing=False),
+        objective=KLAnnealedELBO(50, sticking_the_landing=False),
         num_particles=1,
         learning_rate=5e-3,
         max_steps=200,

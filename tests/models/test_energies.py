@@ -10,7 +10,7 @@ from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.elbo import ELBO
-from pyro_nf.models import energies
+from pyro_nf.models.benchmarks import energies
 
 
 def by_hand(name, z1, z2):

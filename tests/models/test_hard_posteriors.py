@@ -8,7 +8,7 @@ from pyro import poutine
 from scipy import stats
 from scipy.integrate import dblquad, quad
 
-from pyro_nf.models import fertility, hard_posteriors, motorcycle
+from pyro_nf.models.benchmarks import fertility, hard_posteriors, motorcycle
 from pyro_nf.programs.sites import is_latent
 
 RNG = np.random.default_rng(0)

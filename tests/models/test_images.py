@@ -16,12 +16,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from pyro_nf.interface import untrusted
-from pyro_nf.models import (
-    Resampled,
-    binarize,
-    dequantize,
-    files,
-    images,
+from pyro_nf.models import files
+from pyro_nf.models.benchmarks import image_files, images
+from pyro_nf.models.benchmarks.images import (
     load_caltech_silhouettes,
     load_frey_faces,
     load_mnist,
@@ -139,7 +136,7 @@ def test_mnist_holds_out_the_last_training_images(tmp_path, published):
 
 def test_drawings_are_averages_of_ink_over_boxes(tmp_path, published):
     write_zips(tmp_path)
-    pixels = images._read_drawings({path.name: path.read_bytes() for path in tmp_path.iterdir()})
+    pixels = image_files.read_drawings({path.name: path.read_bytes() for path in tmp_path.iterdir()})
     assert pixels.shape == (6, 784)  # the shared one once
     # Row and column 14 are averages of three pixels from the 53rd on, whose centres lie within 14 to 15 times 3.75.
     ordered = [DRAWINGS[k] for k in (0, 2, 4, 1, 3, 5)]
@@ -204,8 +201,8 @@ def test_a_pickle_other_than_the_known_one_is_not_run(tmp_path, monkeypatch):
     ],
 )
 def test_checksums_are_compared_before_anything_is_parsed(load, name, tmp_path, monkeypatch):
-    for parser in ("_read_amat", "_read_idx", "_read_drawings"):
-        monkeypatch.setattr(images, parser, lambda content: pytest.fail("parsed"))
+    for parser in ("read_amat", "read_idx", "read_drawings"):
+        monkeypatch.setattr(image_files, parser, lambda content: pytest.fail("parsed"))
     (tmp_path / name).write_bytes(gzip.compress(b"another file"))
     with pytest.raises(ValueError, match="is not the file that was published"):
         load(tmp_path)
@@ -262,19 +259,3 @@ def test_without_pooch_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pooch", None)
     with pytest.raises(ImportError, match=r"pip install 'pyro-nf\[models\]'"):
         load_mnist()
-
-
-def test_levels_become_bits_or_fractions():
-    levels = torch.tensor([0.0, 51.0, 255.0]).expand(20_000, 3)
-    assert torch.allclose(binarize(levels).mean(0), levels[0] / 255, atol=0.02)
-    fractions = dequantize(levels)
-    assert torch.equal((256 * fractions).floor(), levels)
-    assert torch.allclose(256 * fractions.mean(0), levels[0] + 0.5, atol=0.02)
-
-
-def test_data_are_drawn_anew_where_they_are():
-    data = Resampled(torch.full((100, 4), 128.0), binarize)
-    values, before = data.values, data.values.clone()
-    data()
-    assert data.values is values
-    assert (values != before).any()

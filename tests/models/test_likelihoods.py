@@ -7,13 +7,7 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_nf.models import (
-    DLGM,
-    BernoulliLikelihood,
-    CategoricalLikelihood,
-    LogisticMixtureLikelihood,
-    NormalLikelihood,
-)
+from pyro_nf.models import DLGM, BernoulliLikelihood, CategoricalLikelihood, LogisticMixtureLikelihood, NormalLikelihood
 from pyro_nf.models.likelihoods import DiscretizedLogistic
 
 HEADS = {

@@ -23,10 +23,10 @@ from scipy.special import logsumexp
 
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
-from pyro_nf.models import posteriordb
-from pyro_nf.models.posteriordb import priors
-from pyro_nf.models.posteriordb.catalogue import ENTRIES
-from pyro_nf.models.posteriordb.priors import Restricted
+from pyro_nf.models.benchmarks import posteriordb
+from pyro_nf.models.benchmarks.posteriordb import priors
+from pyro_nf.models.benchmarks.posteriordb.catalogue import ENTRIES
+from pyro_nf.models.benchmarks.posteriordb.priors import Restricted
 from pyro_nf.programs.sites import is_latent
 
 FOLDER = os.environ.get("PYRO_NF_POSTERIORDB")

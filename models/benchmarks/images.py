@@ -9,21 +9,18 @@ is read or unpacked.
 import hashlib
 import io
 import os
-import pickle
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pyro_nf.interface import untrusted
-from pyro_nf.interface.arguments import check_real_tensor, checked
+from pyro_nf.interface.arguments import checked
+from pyro_nf.models.benchmarks import image_files
+from pyro_nf.models.benchmarks.image_files import Pixels
 from pyro_nf.models.files import Files, Remote
-
-Pixels = npt.NDArray[np.uint8]
 
 
 class Images(NamedTuple):
@@ -123,7 +120,7 @@ def load_static_mnist(
         array = untrusted.arrays(packed)
         pixels = [np.unpackbits(array(part), axis=1)[:, : 28 * 28] for part in parts]
     else:
-        pixels = [_read_amat(_get(files, f"binarized_mnist_{part}.amat")) for part in parts]
+        pixels = [image_files.read_amat(_get(files, f"binarized_mnist_{part}.amat")) for part in parts]
     _check("static MNIST", pixels)
     return _images(pixels, (1, 28, 28), dtype, device)
 
@@ -138,7 +135,7 @@ def load_mnist(
     """Return MNIST in 256 grey levels: 50,000 / 10,000 / 10,000 images of 28 x 28, the last 10,000 for validation.
 
     From `train-images-idx3-ubyte.gz` and `t10k-images-idx3-ubyte.gz`. For binary images drawn anew in each epoch see
-    `Resampled` and `binarize`, for continuous ones `dequantize`.
+    `pyro_nf.models.Resampled` and `binarize`, for continuous ones `dequantize`.
 
     Args:
         folder: As in `load_static_mnist`.
@@ -154,7 +151,7 @@ def load_mnist(
         LeCun, Bottou, Bengio, Haffner (1998), "Gradient-based learning applied to document recognition".
     """
     files = Files("mnist_full", folder)
-    train, test = (_read_idx(_get(files, f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k"))
+    train, test = (image_files.read_idx(_get(files, f"{part}-images-idx3-ubyte.gz")) for part in ("train", "t10k"))
     _check("MNIST", [train, test])
     return _images([train[:-_NUM_VALIDATION], train[-_NUM_VALIDATION:], test], (1, 28, 28), dtype, device)
 
@@ -194,7 +191,7 @@ def load_omniglot(
         pixels = untrusted.arrays(small)("x").reshape(-1, 28 * 28)
     else:
         archives = [f"images_background_small{number}.zip" for number in (1, 2)]
-        pixels = _read_drawings({archive: _get(files, archive) for archive in archives})
+        pixels = image_files.read_drawings({archive: _get(files, archive) for archive in archives})
     _check("Omniglot", [pixels])
     return _images(_shuffled_parts(pixels, "Omniglot"), (1, 28, 28), dtype, device)
 
@@ -226,7 +223,7 @@ def load_caltech_silhouettes(
         Marlin, Swersky, Chen, de Freitas (2010), "Inductive principles for restricted Boltzmann machine learning".
     """
     name = "caltech101_silhouettes_28.mat"
-    x = _read_mat(name, _get(Files("caltech_silhouettes", folder), name), "X")
+    x = image_files.read_mat(name, _get(Files("caltech_silhouettes", folder), name), "X")
     # Stored with the background 1, column by column.
     pixels = (1 - x.astype(np.uint8)).reshape(-1, 28, 28).swapaxes(1, 2).reshape(-1, 28 * 28)
     _check("Caltech silhouettes", [pixels])
@@ -263,66 +260,12 @@ def load_frey_faces(
     pickled = files.local("freyfaces.pkl")
     if pickled is not None:
         content = untrusted.read(pickled, sha256=_FREY_PICKLE)
-        (pixels,) = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
+        (pixels,) = image_files.ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
     else:
         name = "frey_rawface.mat"
-        pixels = np.ascontiguousarray(_read_mat(name, _get(files, name), "ff").T)
+        pixels = np.ascontiguousarray(image_files.read_mat(name, _get(files, name), "ff").T)
     _check("Frey faces", [pixels])
     return _images(_shuffled_parts(pixels, "Frey faces"), (1, 28, 20), dtype, device)
-
-
-@checked
-def binarize(levels: Tensor) -> Tensor:
-    """Draw a binary image from grey levels 0 to 255: each pixel is 1 with probability `level / 255`."""
-    return torch.bernoulli(_grey("levels", levels) / 255)
-
-
-@checked
-def dequantize(levels: Tensor) -> Tensor:
-    """Draw a continuous image from grey levels 0 to 255: `(level + u) / 256`, u uniform on [0, 1)."""
-    return (_grey("levels", levels) + torch.rand_like(levels)) / 256
-
-
-def _grey(name: str, levels: Tensor) -> Tensor:
-    check_real_tensor(name, levels)
-    if not bool(((levels >= 0) & (levels <= 255)).all()):
-        raise ValueError(
-            f"{name} must be grey levels from 0 to 255; got {float(levels.min())} to {float(levels.max())}"
-        )
-    return levels
-
-
-class Resampled:
-    """Data drawn anew from others, in place: dynamic binarisation, dequantisation.
-
-    A compiled fit reads its data where they are. As a callback of `FlowSVI`, this draws them anew at each evaluation:
-    with `eval_every` the steps of an epoch, in each epoch, at no cost to the steps.
-
-    Args:
-        source: What to draw from, grey levels for instance.
-        draw: Makes new values of the same shape from it: `binarize`, `dequantize`.
-
-    Attributes:
-        values: The data as they are now.
-
-    Example:
-        >>> import torch
-        >>> from pyro_nf.models import Resampled, binarize
-        >>> images = Resampled(torch.full((1000, 4), 51.0), binarize)
-        >>> before = images.values.clone()
-        >>> images()  # FlowSVI(..., callbacks=[images]).run(images.values, ...)
-        >>> bool((images.values != before).any())
-        True
-    """
-
-    @checked
-    def __init__(self, source: Tensor, draw: Callable[[Tensor], Tensor]) -> None:
-        self.source, self.draw = check_real_tensor("source", source), draw
-        self.values = draw(source)
-
-    def __call__(self, evaluation: Any = None) -> None:
-        """Draw the values anew."""
-        self.values.copy_(self.draw(self.source))
 
 
 def _get(files: Files, name: str) -> bytes:
@@ -357,68 +300,3 @@ def _shuffled_parts(pixels: Pixels, name: str) -> list[Pixels]:
     shuffled = pixels[np.random.RandomState(0).permutation(len(pixels))]
     train = len(pixels) - validation - test
     return [shuffled[:train], shuffled[train : train + validation], shuffled[train + validation :]]
-
-
-def _read_amat(content: bytes) -> Pixels:
-    """Read lines of 784 zeros and ones with spaces between."""
-    text = np.frombuffer(content, np.uint8)
-    digits = text[(text == ord("0")) | (text == ord("1"))]
-    bits: Pixels = digits - ord("0")
-    return bits.reshape(-1, 28 * 28)
-
-
-def _read_idx(content: bytes) -> Pixels:
-    """Read images in MNIST's own format: four big-endian whole numbers, the last three the shape, then bytes."""
-    size, height, width = np.frombuffer(content, ">i4", 3, 4).tolist()
-    return np.frombuffer(content, np.uint8, offset=16).reshape(size, height * width)
-
-
-def _read_mat(name: str, content: bytes, variable: str) -> npt.NDArray[Any]:
-    """Read an array of a file in MATLAB's format.
-
-    The format is a header of 128 bytes and elements: their type and size, two whole numbers, and their data. Elements
-    of type 15 are compressed, and are decompressed here, within bounds.
-
-    References:
-        The MathWorks, "MAT-file format", version 5.
-    """
-    from scipy.io import loadmat
-
-    plain, rest = [content[:128]], content[128:]
-    order: Literal["little", "big"] = "big" if content[126:128] == b"MI" else "little"
-    while len(rest) >= 8:
-        kind, size = (int.from_bytes(rest[start : start + 4], order) for start in (0, 4))
-        element, rest = rest[: 8 + size], rest[8 + size :]
-        plain.append(untrusted.inflate(name, element[8:])[0] if kind == 15 else element)
-    with untrusted.damaged(name):
-        found: npt.NDArray[Any] = loadmat(io.BytesIO(b"".join(plain)), variable_names=[variable])[variable]
-    return found
-
-
-def _read_drawings(archives: dict[str, bytes]) -> Pixels:
-    """Read the PNGs of archives, in the order of their names, as 28 x 28 pixels of ink."""
-    try:
-        from PIL import Image, ImageOps
-    except ImportError as error:
-        raise ImportError("reading Omniglot's archives needs Pillow: pip install 'pyro-nf[models]'") from error
-    drawings = {}
-    for archive, content in archives.items():
-        names, member = untrusted.unzip(archive, content)
-        for name in names:
-            if name.endswith(".png"):
-                # Alphabet, character, file: some alphabets are in both archives.
-                key = "/".join(Path(name).parts[-3:])
-                with Image.open(io.BytesIO(member(name))) as image:
-                    ink = ImageOps.invert(image.convert("L"))
-                drawings[key] = np.asarray(ink.resize((28, 28), Image.Resampling.BOX)).ravel()
-    return np.stack([drawings[key] for key in sorted(drawings)])
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads NumPy arrays and nothing else: a pickle could otherwise run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = {"ndarray": np.ndarray, "dtype": np.dtype, "_reconstruct": np.empty(0).__reduce__()[0]}
-        if not module.startswith("numpy") or name not in known:
-            raise ValueError(f"the pickle must hold NumPy arrays alone; got a {module}.{name}")
-        return known[name]

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_nf.models.posteriordb.priors import Restricted
+from pyro_nf.models.benchmarks.posteriordb.priors import Restricted
 
 # Runge-Kutta steps from one observation to the next. On the reference draws of lynx and hare, with a year between
 # observations, the log density is right to 2e-4 nats; with 20 steps to 1e-5, at twice the cost.

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pyro_nf.models import eight_schools
-from pyro_nf.models.posteriordb import (
+from pyro_nf.models.benchmarks.posteriordb import (
     differential_equations,
     gaussian_processes,
     mixtures,

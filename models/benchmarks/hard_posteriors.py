@@ -1,6 +1,5 @@
 """Posteriors that are known to be difficult, with what is known of them exactly."""
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,8 +12,8 @@ import torch
 from scipy.optimize import brentq
 from torch import Tensor
 
-from pyro_nf.interface.arguments import Positive, Size, checked
-from pyro_nf.models import fertility, motorcycle
+from pyro_nf.interface.arguments import Positive, Size, checked, did_you_mean
+from pyro_nf.models.benchmarks import fertility, motorcycle
 
 # The rotations are drawn from this seed; RandomState is frozen, the same numbers in every version of NumPy.
 _SEED = 0
@@ -177,8 +176,8 @@ def load(name: str, *, dtype: torch.dtype = torch.float64, device: torch.device 
     """Return one of the posteriors.
 
     `"funnel"` (10 coordinates), `"banana"` (2), `"many_wells"` (32), `"normal_100"` and `"normal_1000"` (condition
-    number 1e8), `"fertility"` (408, of `pyro_nf.models.fertility`; needs statsmodels), `"motorcycle"` (66, of
-    `pyro_nf.models.motorcycle`). The last two have no exact figures.
+    number 1e8), `"fertility"` (408, of the module `fertility`; needs statsmodels), `"motorcycle"` (66, of the module
+    `motorcycle`). The last two have no exact figures.
 
     Args:
         name: One of `names()`.
@@ -190,15 +189,13 @@ def load(name: str, *, dtype: torch.dtype = torch.float64, device: torch.device 
         ImportError: If a package that has the data is not installed.
 
     Example:
-        >>> from pyro_nf.models import hard_posteriors
+        >>> from pyro_nf.models.benchmarks import hard_posteriors
         >>> posterior = hard_posteriors.load("many_wells")
         >>> round(posterior.log_evidence, 3)
         164.696
     """
     if name not in _MAKERS:
-        near = difflib.get_close_matches(str(name), _MAKERS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{hint}")
+        raise ValueError(f"name must be one of {', '.join(names())}; got {name!r}{did_you_mean(name, _MAKERS)}")
     return _MAKERS[name](name, {"dtype": dtype, "device": device})
 
 

@@ -26,7 +26,7 @@ class Restricted(TorchDistribution):
     Example:
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_nf.models.posteriordb.priors import Restricted
+        >>> from pyro_nf.models.benchmarks.posteriordb.priors import Restricted
         >>> prior = Restricted(dist.Normal(torch.zeros(2), 1.0).to_event(1), dist.constraints.ordered_vector)
         >>> first, second = prior.sample()
         >>> bool(first < second)

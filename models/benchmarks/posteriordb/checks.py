@@ -4,19 +4,15 @@
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
 from torch import Tensor
-from torch.distributions import Transform, biject_to
 
 from pyro_nf.interface.arguments import Size, checked
-from pyro_nf.models.posteriordb.loader import Posterior
-from pyro_nf.programs.sites import is_latent
-from pyro_nf.programs.traces import log_prob_sum
+from pyro_nf.models.benchmarks.posteriordb.loader import Posterior
+from pyro_nf.models.benchmarks.posteriordb.real_line import log_density, on_real_line
 
 # Draws that are run at once.
 _CHUNK = 1000
@@ -66,7 +62,7 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> def wide():
         ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 2.0))
         >>> draws = {"z": torch.randn(10, 1000, generator=torch.Generator().manual_seed(0))}
@@ -74,8 +70,7 @@ def stein_scores(posterior: Posterior) -> dict[str, Tensor]:
         >>> bool(scores["shift"].abs() < 4), bool(scores["spread"].abs() < 4)
         (True, False)
     """
-    density = _Density(posterior)
-    z = density.reference()
+    z, density = _reference(posterior), log_density(posterior)
     gradient = torch.cat([torch.func.vmap(torch.func.grad(density))(part) for part in z.split(_CHUNK)])
     return {"shift": _scores(gradient), "spread": _scores((z - z.mean(0)) * gradient + 1)}
 
@@ -96,7 +91,7 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> import torch
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> def half():
         ...     pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
         ...     pyro.factor("half", torch.tensor(0.5).log())
@@ -104,8 +99,7 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
         >>> round(posteriordb.importance_evidence(posteriordb.Posterior("half", half, (), draws)).log_evidence, 1)
         -0.7
     """
-    density = _Density(posterior)
-    z = density.reference()
+    z, density = _reference(posterior), log_density(posterior)
     # The covariance of a Student-t is df / (df - 2) times its scale matrix; torch's of one coordinate is a scalar.
     scale_tril = torch.linalg.cholesky(torch.atleast_2d(z.T.cov()) * (_DF - 2) / _DF)
     proposal = dist.MultivariateStudentT(z.new_tensor(_DF), z.mean(0), scale_tril)
@@ -120,41 +114,9 @@ def importance_evidence(posterior: Posterior, num_draws: Size = 10_000, seed: in
     return Evidence(log_evidence, se, float(1 / weights.square().mean()))
 
 
-class _Density:
-    """The log density of a posterior's model over its unconstrained latents, `(dim,) -> ()`."""
-
-    def __init__(self, posterior: Posterior) -> None:
-        self.posterior = posterior
-        trace = poutine.trace(posterior.model).get_trace(*posterior.args)
-        self.sites = {name: site for name, site in trace.nodes.items() if is_latent(site)}
-        self.bijections: dict[str, Transform] = {
-            name: biject_to(site["fn"].support) for name, site in self.sites.items()
-        }
-        self.shapes = {
-            name: bijection.inverse_shape(self.sites[name]["value"].shape)
-            for name, bijection in self.bijections.items()
-        }
-
-    def reference(self) -> Tensor:
-        """Return the reference draws on the real line, chain after chain, `(num_draws, dim)`."""
-        reference = self.posterior.reference
-        if reference is None:
-            raise ValueError(f"posterior must have reference draws; {self.posterior.name!r} has none")
-        values = {name: reference[name].flatten(0, 1) for name in self.sites}
-        return torch.cat(
-            [self.bijections[name].inv(value).reshape(len(value), -1) for name, value in values.items()], 1
-        )
-
-    def __call__(self, z: Tensor) -> Tensor:
-        values, log_det = {}, z.new_zeros(())
-        parts = z.split([shape.numel() for shape in self.shapes.values()])
-        for (name, shape), part in zip(self.shapes.items(), parts, strict=True):
-            bijection, x = self.bijections[name], part.reshape(shape)
-            values[name] = bijection(x)
-            log_det = log_det + bijection.log_abs_det_jacobian(x, values[name]).sum()
-        with pyro.validation_enabled(False):
-            model: Any = poutine.condition(self.posterior.model, data=values)
-            return log_det + log_prob_sum(poutine.trace(model).get_trace(*self.posterior.args))
+def _reference(posterior: Posterior) -> Tensor:
+    """Return the reference draws on the real line, the latents side by side, `(num_draws, dim)`."""
+    return torch.cat([values.reshape(len(values), -1) for values in on_real_line(posterior).values()], 1)
 
 
 def _scores(terms: Tensor) -> Tensor:

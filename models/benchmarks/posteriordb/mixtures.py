@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_nf.models.posteriordb.priors import Restricted
+from pyro_nf.models.benchmarks.posteriordb.priors import Restricted
 
 
 def two_normals(y: Tensor) -> None:

@@ -87,7 +87,7 @@ def energy(potential: Callable[[Tensor], Tensor], corner: Tensor) -> None:
     Example:
         >>> from functools import partial
         >>> from pyro_nf.guides import AutoFlow
-        >>> from pyro_nf.models import energies
+        >>> from pyro_nf.models.benchmarks import energies
         >>> guide = AutoFlow(partial(energies.energy, energies.u1))
         >>> guide.sample_posterior(5, energies.box())["z"].shape
         torch.Size([5, 2])

@@ -1,6 +1,5 @@
 """Posteriors of posteriordb: model, data, reference draws."""
 
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pyro_nf.interface import untrusted
-from pyro_nf.interface.arguments import checked
-from pyro_nf.models.posteriordb.catalogue import ENTRIES, Data, Floats
+from pyro_nf.interface.arguments import checked, did_you_mean
+from pyro_nf.models.benchmarks.posteriordb.catalogue import ENTRIES, Data, Floats
 
 _VARIABLE = "PYRO_NF_POSTERIORDB"
 _T = TypeVar("_T")
@@ -85,13 +84,12 @@ def load(
         developing Bayesian inference algorithms", arXiv:2407.04967.
 
     Example:
-        >>> from pyro_nf.models import posteriordb
+        >>> from pyro_nf.models.benchmarks import posteriordb
         >>> posteriordb.names()[0]
         'arK-arK'
     """
     if name not in ENTRIES:
-        near = difflib.get_close_matches(str(name), ENTRIES, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(name, ENTRIES)
         raise ValueError(f"name must be one of the {len(ENTRIES)} in posteriordb.names(); got {name!r}{hint}")
     entry, record = ENTRIES[name], _read(_folder(folder), name)
     tensor = partial(torch.as_tensor, dtype=dtype, device=device)
