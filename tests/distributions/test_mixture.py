@@ -9,6 +9,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import init_to_value
 
 from pyro_nf.diagnostics import diagnose
+from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
 
@@ -31,7 +32,7 @@ X = torch.linspace(-1.0, 1.0, 10)
 @pytest.mark.parametrize("dim", [2, pytest.param(50, marks=pytest.mark.slow)])
 def test_both_modes_are_found_with_their_weights(dim):
     model = partial(two_modes, dim)
-    guide = AutoFlow(model, base="mixture")
+    guide = AutoFlow(model, partial(stacks.realnvp, depth=2, hidden_dims=(16,)), base="mixture")
     result = FlowSVI(model, guide, num_starts=8, seed=0, progress=False, max_steps=300, learning_rate=0.01).run()
     draws = guide.sample_posterior(20_000)["z"]
     assert float((draws.mean(-1) > 0).float().mean()) == pytest.approx(0.75, abs=0.03)
@@ -41,7 +42,7 @@ def test_both_modes_are_found_with_their_weights(dim):
 
 
 def test_a_guide_over_one_normal_is_told_of_the_other_mode():
-    guide = AutoFlow(two_modes)
+    guide = AutoFlow(two_modes, ElementwiseAffine)
     result = FlowSVI(two_modes, guide, num_starts=8, seed=0, progress=False, max_steps=20, learning_rate=0.01).run()
     assert result.starts.disagree
     assert "2 modes" in str(result)
@@ -71,7 +72,7 @@ def test_a_mixture_integrates_to_one_and_draws_what_it_scores(float64):
 @pytest.mark.parametrize("vectorize", [False, True])
 def test_pyros_svi_takes_a_mixture(vectorize):
     start = init_to_value(values={"a": torch.tensor(3.0), "b": torch.tensor(1.0)})
-    guide = AutoFlow(regression, base=partial(MixtureBase, num_components=2), init_loc_fn=start)
+    guide = AutoFlow(regression, ElementwiseAffine, base=partial(MixtureBase, num_components=2), init_loc_fn=start)
     loss = Trace_ELBO(num_particles=8, vectorize_particles=vectorize)
     svi = SVI(regression, guide, pyro.optim.ClippedAdam({"lr": 0.01}), loss)
     losses = [svi.step(X, X) for _ in range(60)]

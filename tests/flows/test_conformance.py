@@ -84,11 +84,22 @@ AUTOREGRESSIVE: dict[str, Callable[..., Flow]] = {
     "gated": partial(Autoregressive, transformer=Gated()),
     "deep": partial(Autoregressive, transformer=Affine(), hidden_dims=(8, 12, 8)),
     "spline": partial(Autoregressive, transformer=RationalQuadraticSpline()),
-    "logistic": partial(Autoregressive, transformer=LogisticMixture()),
-    "sigmoidal": partial(Autoregressive, transformer=DeepSigmoidal()),
-    "block": BlockAutoregressive,
+}
+# Their inverses are found by iteration, one coordinate after another: small sizes and few units do for every check.
+ITERATED = {
+    "sigmoidal": partial(Autoregressive, transformer=DeepSigmoidal(3), hidden_dims=(8,)),
+    "logistic": partial(Autoregressive, transformer=LogisticMixture(3), hidden_dims=(8,)),
+    "block": partial(BlockAutoregressive, units=3),
+}
+FEW_UNITS = {
+    "naf": {"hidden_dims": (8,), "num_units": 3},
+    "bnaf": {"units": 3},
+    "flowpp": {"hidden_dims": (8,), "num_components": 3},
 }
 sizes = pytest.mark.parametrize(("dim", "context_dim"), [(d, c) for d in (1, 2, 5) for c in (0, 3)])
+
+small_sizes = pytest.mark.parametrize(("dim", "context_dim"), [(1, 0), (2, 3), (3, 0), (3, 3)])
+EVERY = FLOWS | AUTOREGRESSIVE | ITERATED
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +122,13 @@ def test_autoregressive(make: Callable[..., Flow], dim: int, context_dim: int) -
     check_flow(factory(), factory=factory, triangular="lower")
 
 
+@small_sizes
+@pytest.mark.parametrize("make", ITERATED.values(), ids=ITERATED)
+def test_iterated(make: Callable[..., Flow], dim: int, context_dim: int) -> None:
+    factory = partial(make, dim, context_dim=context_dim)
+    check_flow(factory(), factory=factory, triangular="lower")
+
+
 @sizes
 def test_convex_combination(dim: int, context_dim: int) -> None:
     factory = partial(LinearIAF, dim, 4 if context_dim else 1, context_dim)
@@ -123,16 +141,26 @@ def test_slog(dim: int, context_dim: int) -> None:
     check_flow(factory(), factory=factory, reach=10.0)  # one direction is exponential
 
 
-@sizes
-@pytest.mark.parametrize("name", stacks.names())
+def stack(name: str, dim: int, context_dim: int, depth: int = 2) -> Flow:
+    return stacks.make(name, dim, depth=depth, context_dim=context_dim, **FEW_UNITS.get(name, {}))
+
+
+@small_sizes
+@pytest.mark.parametrize("name", sorted({*stacks.names()} - {"naf", "bnaf"}))
 def test_stack(name: str, dim: int, context_dim: int) -> None:
-    factory = partial(stacks.make, name, dim, depth=2, context_dim=context_dim)
+    factory = partial(stack, name, dim, context_dim)
+    check_flow(factory(), factory=factory)
+
+
+@pytest.mark.parametrize("name", ["naf", "bnaf"])
+def test_iterated_stack(name: str) -> None:
+    factory = partial(stack, name, 3, 3)  # of layers that `test_iterated` has at all sizes
     check_flow(factory(), factory=factory)
 
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no timers that end a loop")
 def test_shapes_without_numbers_pass_through_in_no_time() -> None:
-    makers = FLOWS | AUTOREGRESSIVE | {name: partial(stacks.make, name, depth=1) for name in stacks.names()}
+    makers = EVERY | {name: partial(stacks.make, name, depth=1) for name in stacks.names()}
     x = torch.empty(3, 2, device="meta")
     for name, make in makers.items():
         flow = make(dim=2, context_dim=0).to("meta")
@@ -152,10 +180,11 @@ def test_permutation(dim: int) -> None:
 
 @pytest.mark.parametrize("name", stacks.names())
 def test_conditioned(name: str) -> None:
-    check_flow(stacks.make(name, 3, depth=2, context_dim=4).condition(torch.randn(4)))
+    depth = 1 if name in ("naf", "bnaf") else 2
+    check_flow(stack(name, 3, 4, depth).condition(torch.randn(4)))
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # minutes: nothing but their size differs from `test_stack`
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", stacks.names())
 def test_wide(name: str, context_dim: int) -> None:
@@ -163,13 +192,13 @@ def test_wide(name: str, context_dim: int) -> None:
     check_flow(stacks.make(name, dim, depth=2, context_dim=context_dim))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [*FLOWS.values(), *AUTOREGRESSIVE.values()], ids=[*FLOWS, *AUTOREGRESSIVE])
+@pytest.mark.slow  # a compilation each
+@pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
 def test_compiled(make: Callable[..., Flow]) -> None:
     check_flow(make(5, context_dim=3), identity=False, compile="forward")
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # a compilation each
 @pytest.mark.parametrize("context_dim", [0, 3])
 @pytest.mark.parametrize("name", stacks.names())
 def test_compiled_stack(name: str, context_dim: int) -> None:

@@ -34,7 +34,7 @@ def two_sites(x):
 @pytest.mark.parametrize("name", ["planar", "realnvp", "iaf"])
 def test_the_exact_posterior_is_found_from_minibatches(name):
     guide = AmortizedFlow(local, MLP(2, (), 2), functools.partial(stacks.make, name, depth=2))
-    kwargs = {"max_steps": 600, "num_particles": 8, "learning_rate": 0.02, "eval_particles": 100}
+    kwargs = {"max_steps": 300, "num_particles": 8, "learning_rate": 0.05, "eval_particles": 50, "eval_every": 50}
     FlowSVI(local, guide, seed=0, progress=False, **kwargs).run(DATA, batch_size=20)
     draws = guide.sample_posterior(4000, DATA)["z"]
     assert draws.shape == (4000, 40, 2)
@@ -218,8 +218,9 @@ def test_global_and_local_latents_together():
             pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
 
     guide = AutoGuideList(model)
-    guide.append(AutoFlow(poutine.block(model, expose=["scale"])))
-    guide.append(AmortizedFlow(poutine.block(model, expose=["z"]), MLP(2, (8,), 4), "planar"))
+    guide.append(AutoFlow(poutine.block(model, expose=["scale"]), functools.partial(stacks.realnvp, depth=2)))
+    planar = functools.partial(stacks.planar, depth=2)
+    guide.append(AmortizedFlow(poutine.block(model, expose=["z"]), MLP(2, (8,), 4), planar))
     svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), ELBO(num_particles=4))
     losses = [svi.step(DATA) for _ in range(80)]
     assert sum(losses[-10:]) < sum(losses[:10])

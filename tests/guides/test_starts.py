@@ -1,9 +1,12 @@
+from functools import partial
+
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
+from pyro_nf.flows import stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.models import eight_schools
@@ -41,7 +44,7 @@ def test_a_normal_posterior_is_found_at_once_however_far_it_is(float64):
 
 
 def test_a_fit_from_there_is_done_soon():
-    guide = AutoFlow(regression)
+    guide = AutoFlow(regression, partial(stacks.realnvp, depth=2, hidden_dims=(16,)))
     result = FlowSVI(regression, guide, num_starts=2, seed=0, progress=False, learning_rate=0.003).run(X, Y)
     assert result.converged
     assert result.steps < 2000

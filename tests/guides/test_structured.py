@@ -145,7 +145,7 @@ def test_gradients_are_those_of_the_elbo(float64):
 
 def test_the_exact_joint_posterior_is_found_from_minibatches():
     guide = StructuredFlow(hierarchy, {"rows": Column(2)}, SMALL, local_flow=SMALL)
-    kwargs = {"max_steps": 300, "num_particles": 64, "learning_rate": 0.05, "compile": False}
+    kwargs = {"max_steps": 300, "num_particles": 64, "learning_rate": 0.05}
     FlowSVI(hierarchy, guide, seed=0, progress=False, **kwargs).run(X, batch_size=3)
     draws = guide.sample_posterior(20_000, X)
     loc, scale = exact_global(X)

@@ -49,8 +49,7 @@ def assert_same(one, other):
     assert one.history.equal(other.history)
 
 
-@pytest.mark.parametrize("form", ["plain", "recorded"])
-@pytest.mark.parametrize("learning_rate", [None, 0.02])
+@pytest.mark.parametrize(("form", "learning_rate"), [("plain", 0.02), ("recorded", 0.02), ("recorded", None)])
 def test_a_continued_run_is_the_whole_one_bit_for_bit(tmp_path, monkeypatch, form, learning_rate):
     monkeypatch.setattr(GraphSteps, "compile", lambda self, num_steps: None)
     options = {"compile": form == "recorded", "learning_rate": learning_rate}

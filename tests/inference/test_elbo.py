@@ -8,7 +8,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_feasible
 
-from pyro_nf.flows import ElementwiseAffine
+from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AmortizedFlow, AutoFlow, MixtureBase
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.elbo import ELBO, IWELBO, CoordinateELBO, KLAnnealedELBO
@@ -84,7 +84,7 @@ def test_both_gradients_have_the_expectation_of_pyros(name, sticking, float64):
 
 def test_it_drives_pyros_svi():
     pyro.clear_param_store()
-    guide = AutoFlow(gaussian, "realnvp")
+    guide = AutoFlow(gaussian, partial(stacks.realnvp, depth=2, hidden_dims=(8,)))
     svi = SVI(gaussian, guide, pyro.optim.Adam({"lr": 0.02}), ELBO(num_particles=32))
     losses = [svi.step() for _ in range(250)]
     assert sum(losses[-10:]) / 10 < 0.02
@@ -260,7 +260,7 @@ def test_annealing_scales_the_density_and_reports_the_elbo(float64):
 
 
 def test_the_path_gradient_takes_over_near_the_posterior():
-    guide = AutoFlow(gaussian, init_scale=1.0)
+    guide = AutoFlow(gaussian, ElementwiseAffine, init_scale=1.0)
     objective = ELBO(sticking_the_landing="auto")
     options = {"seed": 0, "progress": False, "max_steps": 400, "learning_rate": 0.02, "eval_every": 20}
     result = FlowSVI(gaussian, guide, objective=objective, **options).run()
@@ -272,7 +272,7 @@ def test_the_path_gradient_takes_over_near_the_posterior():
 
 
 def test_an_annealed_fit_goes_on_after_the_annealing():
-    guide = AutoFlow(gaussian)
+    guide = AutoFlow(gaussian, ElementwiseAffine)
     objective = ELBO(annealing_steps=300)
     result = FlowSVI(gaussian, guide, objective=objective, seed=0, progress=False, learning_rate=0.02).run()
     assert result.steps > 300

@@ -497,12 +497,12 @@ def test_a_checkpoint_of_two_processes_is_not_for_one(run, tmp_path):
 def test_the_script_of_the_documentation(tmp_path):
     code = (Path(__file__).parents[2] / "docs" / "fit.py").read_text()
     assert "seed=0" in code
-    (tmp_path / "fit.py").write_text(code.replace("seed=0", "seed=0, learning_rate=0.01, max_steps=100"))
+    (tmp_path / "fit.py").write_text(code.replace("seed=0", "seed=0, learning_rate=0.01, max_steps=20"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "fit.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE)
     assert done.returncode == 0, done.stderr
-    assert re.findall("ELBO .* after 100 steps", done.stdout)
-    assert done.stderr.count(" 0/100 ") == 1
+    assert re.findall("ELBO .* after 20 steps", done.stdout)
+    assert done.stderr.count(" 0/20 ") == 1
 
 
 def test_noise_differs_from_equal_global_states(run):

@@ -171,7 +171,12 @@ def raise_it():
 
 @pytest.mark.parametrize("act", [press, raise_it])
 @pytest.mark.parametrize(
-    "options", [{}, {"learning_rate": 0.05, "compile": False, "num_particles": 4}], ids=["staged", "single"]
+    "options",
+    [
+        {"plan": Plan((Normal(), TransportMap(), Steps("flow", 0.01, 60, 20)))},
+        {"learning_rate": 0.05, "compile": False, "num_particles": 4},
+    ],
+    ids=["staged", "single"],
 )
 @pytest.mark.parametrize("at", [20, 60, 150])
 def test_an_interrupted_fit_leaves_the_best_until_then(act, options, at):
