@@ -19,12 +19,12 @@ demo: $(STAMP)
 
 # Doctests run on the installed package, where guides and models stand inside pyro_nf.
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow and not gpu" tests
-	$(BIN)/pytest --doctest-modules --pyargs pyro_nf
+	$(BIN)/pytest -n auto -m "not slow and not gpu" tests
+	$(BIN)/pytest -n auto --doctest-modules --pyargs pyro_nf
 
 # Every cell of the tutorials, with fits of a few steps.
 notebooks: $(STAMP)
-	PYTHONSTARTUP=$(CURDIR)/tests/few_steps.py $(BIN)/pytest --nbmake tutorials
+	PYTHONSTARTUP=$(CURDIR)/tests/few_steps.py $(BIN)/pytest -n auto --nbmake tutorials
 
 # The tutorials' notebooks from their sources, run in earnest: some minutes.
 tutorials: $(STAMP)
