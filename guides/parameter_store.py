@@ -1,8 +1,7 @@
 """A guide's entries in Pyro's parameter store: what they are called, and whose tensors they are.
 
-Parameters stand there as those of any module do. All persistent buffers together are one entry more, a vector: they
-are as much of a flow's state (its units, the whitening, the running means of a batch normalization), but whole numbers
-among them would break a user's loop over the store that asks for gradients.
+All of a flow's state stands there: parameters, as those of any module, and persistent buffers (units, the whitening,
+the order of a permutation), whose entries share their memory.
 
 Pyro gives every guide of a class the same name. Here a guide is called by its class, so that a store that was saved
 fits the guide of another process, unless another guide that is alive has that name. A tensor that no guide of this
@@ -17,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import count
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
@@ -30,18 +29,7 @@ from pyro_nf.programs._pyro import SEPARATOR
 # The guide that has each name, and the tensors that guides put into a store, by their `id`.
 _GUIDES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _OURS: weakref.WeakValueDictionary[int, Tensor] = weakref.WeakValueDictionary()
-_BUFFERS = "buffers"
 _ROOT = re.compile(r"(?:Auto|Amortized|Structured)Flow(?:_\d+)?")
-
-
-class _Packed(NamedTuple):
-    """The entry of a guide's buffers, and the versions that it was made of."""
-
-    entry: Tensor
-    versions: list[tuple[int, int]]
-
-
-_PACKED: weakref.WeakKeyDictionary[Any, _Packed] = weakref.WeakKeyDictionary()
 
 
 def keep_entries(guide: Any, is_new: bool = False) -> None:
@@ -61,31 +49,18 @@ def keep_entries(guide: Any, is_new: bool = False) -> None:
         if not is_new and not guide._pyro_context.active:
             return
         _take_name(guide, move_aside=is_new)
-    entries, own, name = _entries(), dict(_parameters(guide)), f"{guide._pyro_name}.{_BUFFERS}"
-    others = {key: entries[key] for key, value in own.items() if key in entries and entries[key] is not value}
-    if name in entries:
-        others[name] = entries[name]
-    if loaded := {key: value for key, value in others.items() if not _is_ours(value)}:
+    entries, own = _entries(), dict(_tensors(guide))
+    others = {name: entries[name] for name in own if name in entries and not _is_entry(entries[name], own[name])}
+    if loaded := {name: value for name, value in others.items() if not _is_ours(value)}:
         _load(guide, own, loaded)
-    others.pop(name, None)
     _drop(others)
-    _put({key: value for key, value in own.items() if key in others or (value.requires_grad and key not in entries)})
-    if guide not in _PACKED or entries.get(name) is not _PACKED[guide].entry:
-        _pack(guide)
-    keep_buffers(guide)
-
-
-def keep_buffers(guide: Any) -> None:
-    """Bring the entry of the buffers up to date, if the guide has one: a batch normalization's change at every draw."""
-    if guide in _PACKED and _PACKED[guide].versions != _versions(_buffers(guide)):
-        _pack(guide)
+    _put({name: own[name] for name in own if name in others or (name not in entries and _is_trained(own[name]))})
 
 
 def withdraw(guide: Any) -> None:
     """Remove the guide's own tensors from the store."""
     entries = _entries()
-    own = [*dict(_parameters(guide)), f"{guide._pyro_name}.{_BUFFERS}"]
-    _drop(name for name in own if name in entries and _is_ours(entries[name]))
+    _drop(name for name, _ in _tensors(guide) if name in entries and _is_ours(entries[name]))
 
 
 def _entries() -> dict[str, Tensor]:
@@ -103,104 +78,96 @@ def _drop(names: Iterable[str]) -> None:
             del store[name]
 
 
-def _put(entries: dict[str, Tensor], ours: bool = True) -> None:
-    if not entries:
-        return
-    if ours:
-        _OURS.update({id(value): value for value in entries.values()})
+def _put(own: dict[str, Tensor]) -> None:
+    """Put a guide's tensors into the store."""
+    entries = {name: _entry(value) for name, value in own.items()}
+    _OURS.update({id(value): value for value in entries.values()})
+    _set(entries)
+
+
+def _set(entries: dict[str, Tensor]) -> None:
     pyro.get_param_store().set_state({"params": entries, "constraints": dict.fromkeys(entries, constraints.real)})
 
 
-# What is a guide's
+def _entry(tensor: Tensor) -> Tensor:
+    """What stands in the store for a tensor: itself, or, for a buffer, a parameter that shares its memory.
 
-
-def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield a guide's parameters by their names in the store, but for those that Pyro itself keeps in line.
-
-    A plain tensor in a parameter's place is lent, by torch.func.functional_call.
+    A user's loop over the store expects tensors that have gradients, and these are floats: so whole numbers stand there
+    as the floats of the same bits.
     """
-    for name, child in module._modules.items():
+    if isinstance(tensor, nn.Parameter):
+        return tensor
+    flat = tensor.detach()  # not by requires_grad_(), which vmap refuses
+    if tensor.dtype in (torch.int32, torch.int64) and tensor.is_contiguous():
+        flat = flat.view(-1).view(torch.float32)
+    return nn.Parameter(flat) if flat.is_floating_point() else flat
+
+
+def _is_entry(entry: Tensor, tensor: Tensor) -> bool:
+    if isinstance(tensor, nn.Parameter):
+        return entry is tensor
+    return entry.data_ptr() == tensor.data_ptr() and _is_ours(entry)
+
+
+def _is_trained(tensor: Tensor) -> bool:
+    """Whether training may change a tensor: a buffer, or a parameter that is not frozen."""
+    return tensor.requires_grad or not isinstance(tensor, nn.Parameter)
+
+
+def _tensors(guide: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield a guide's parameters and persistent buffers by their names in the store.
+
+    Those of Pyro's own modules, which Pyro keeps in line, are left out, and so are plain tensors in a parameter's
+    place, which `torch.func.functional_call` lends.
+    """
+    for name, child in guide._modules.items():
         if isinstance(child, PyroModule):
             for key, value in child._parameters.items():
                 if isinstance(value, nn.Parameter) and not key.endswith("_unconstrained"):
                     yield f"{child._pyro_name}.{key}", value
-            yield from _parameters(child)
+            yield from _tensors(child)
         elif child is not None:
-            prefix = f"{module._pyro_name}.{name}{SEPARATOR}"
+            prefix = f"{guide._pyro_name}.{name}{SEPARATOR}"
             for key, value in child.named_parameters():
                 if isinstance(value, nn.Parameter):
                     yield prefix + key, value
-
-
-def _buffers(guide: nn.Module) -> Iterator[Tensor]:
-    for module in guide.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
-                yield buffer
-
-
-def _versions(buffers: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Which tensors these are, and how often they were written to, as far as torch counts."""
-    return [(id(buffer), 0 if buffer.is_inference() else buffer._version) for buffer in buffers]
-
-
-def _pack(guide: Any) -> None:
-    """Make all buffers one vector, of the widest type among them, in which whole numbers and flags are exact."""
-    buffers = list(_buffers(guide))
-    dtype = torch.float32
-    for buffer in buffers:
-        if buffer.is_floating_point():
-            dtype = torch.promote_types(dtype, buffer.dtype)
-    if buffers:
-        entry = nn.Parameter(torch.cat([buffer.detach().reshape(-1).to(dtype) for buffer in buffers]))
-        _PACKED[guide] = _Packed(entry, _versions(buffers))
-        _put({f"{guide._pyro_name}.{_BUFFERS}": entry})
+            for path, module in child.named_modules():
+                for key, buffer in module._buffers.items():
+                    if buffer is not None and key not in module._non_persistent_buffers_set:
+                        yield f"{prefix}{path}.{key}" if path else prefix + key, buffer
 
 
 # What was loaded
 
 
-def _load(guide: Any, own: dict[str, nn.Parameter], loaded: dict[str, Tensor]) -> None:
-    name = f"{guide._pyro_name}.{_BUFFERS}"
-    if reason := _misfit(own, list(_buffers(guide)), loaded, _entries(), name):
+def _load(guide: Any, own: dict[str, Tensor], loaded: dict[str, Tensor]) -> None:
+    if reason := _misfit(own, loaded, _entries()):
         raise ValueError(
             f"the parameter store holds parameters of {guide._pyro_name!r} that do not fit this "
             f"{type(guide).__name__}: {reason}. Make the guide as the one whose parameters were saved, or call "
             "pyro.clear_param_store() to begin anew"
         )
     with torch.no_grad():
-        for key, value in loaded.items():
-            if key in own:
-                own[key].copy_(value)
-        if name in loaded:
-            buffers = list(_buffers(guide))
-            parts = loaded[name].split([buffer.numel() for buffer in buffers])
-            for buffer, part in zip(buffers, parts, strict=True):
-                buffer.copy_(part.view_as(buffer))
+        for name, value in loaded.items():
+            _entry(own[name]).copy_(value)  # which shares the memory
     nn.Module.load_state_dict(guide, guide.state_dict())  # modules note what is in their buffers
 
 
-def _misfit(
-    own: dict[str, nn.Parameter], buffers: list[Tensor], loaded: dict[str, Tensor], there: Iterable[str], name: str
-) -> str:
+def _misfit(own: dict[str, Tensor], loaded: dict[str, Tensor], there: Iterable[str]) -> str:
     """Say why what was loaded is not this guide's; "" if it is.
 
     Args:
-        own: The guide's parameters, by their names in the store.
-        buffers: Its buffers.
-        loaded: What was loaded under these names, and others of the same guide's.
+        own: The guide's tensors, by their names in the store.
+        loaded: What was loaded under these names.
         there: Names of all that is in the store.
-        name: That of the buffers' entry.
     """
-    for key, value in own.items():
-        if key in loaded and loaded[key].shape != value.shape:
-            return f"{key!r} has shape {tuple(loaded[key].shape)} there, and {tuple(value.shape)} in the guide"
-        if value.requires_grad and key not in there:
-            return f"{key!r} is missing"
-    size = sum(buffer.numel() for buffer in buffers)
-    if name in loaded and loaded[name].numel() != size:
-        return f"{name!r} has {loaded[name].numel()} numbers there, and {size} in the guide"
-    return next((f"{key!r} is none of its own" for key in loaded if key not in own and key != name), "")
+    for name, value in own.items():
+        shape = tuple(_entry(value).shape)
+        if name in loaded and tuple(loaded[name].shape) != shape:
+            return f"{name!r} has shape {tuple(loaded[name].shape)} there, and {shape} in the guide"
+        if value.requires_grad and name not in there:
+            return f"{name!r} is missing"
+    return next((f"{name!r} is none of its own" for name in loaded if name not in own), "")
 
 
 def _loaded(kind: str, entries: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -209,7 +176,7 @@ def _loaded(kind: str, entries: dict[str, Tensor]) -> dict[str, dict[str, Tensor
     for name, value in entries.items():
         root, _, key = name.partition(".")
         is_guide = _ROOT.fullmatch(root) or _is_name(kind, root)
-        if is_guide and (SEPARATOR in key or key == _BUFFERS) and not _is_ours(value):
+        if is_guide and SEPARATOR in key and not _is_ours(value):
             found[root][name] = value
     return dict(found)
 
@@ -254,22 +221,22 @@ def _take_name(guide: Any, move_aside: bool) -> None:
 
 def _choose(guide: Any, loaded: dict[str, dict[str, Tensor]]) -> None:
     """Give what was loaded and fits the guide its name."""
-    kind, name = type(guide).__name__, guide._pyro_name
-    fitting = {}
-    for root, values in loaded.items():
-        renamed = {name + key[len(root) :]: value for key, value in values.items()}
-        own = dict(_parameters(guide))
-        if _is_name(kind, root) and not _misfit(own, list(_buffers(guide)), renamed, renamed, f"{name}.{_BUFFERS}"):
-            fitting[root] = renamed
-    if loaded and not fitting and name not in loaded:
-        warnings.warn(
-            f"the parameter store holds parameters of {' and '.join(loaded)}, which do not fit this {kind}: it starts "
-            "untrained",
-            stacklevel=2,
-        )
+    kind, name, own = type(guide).__name__, guide._pyro_name, dict(_tensors(guide))
+    renamed = {
+        root: {name + key[len(root) :]: value for key, value in values.items()}
+        for root, values in loaded.items()
+        if _is_name(kind, root)
+    }
+    fitting = [root for root, values in renamed.items() if not _misfit(own, values, values)]
     if not fitting:
+        if loaded and name not in loaded:
+            warnings.warn(
+                f"the parameter store holds parameters of {' and '.join(loaded)}, which do not fit this {kind}: it "
+                "starts untrained",
+                stacklevel=2,
+            )
         return
-    chosen = name if name in fitting else next(iter(fitting))
+    chosen = name if name in fitting else fitting[0]
     if len(fitting) > 1:
         warnings.warn(
             f"the parameter store holds parameters of {' and '.join(fitting)}, all of which fit this {kind}: it takes "
@@ -277,7 +244,7 @@ def _choose(guide: Any, loaded: dict[str, dict[str, Tensor]]) -> None:
             stacklevel=2,
         )
     if chosen != name:
-        _put(fitting[chosen], ours=False)
+        _set(renamed[chosen])
         _drop(loaded[chosen])
 
 
@@ -286,7 +253,7 @@ def _holder(name: str, entries: dict[str, Tensor]) -> Any:
     guide = _GUIDES.get(name)
     if guide is None or guide._pyro_name != name:
         return None
-    return guide if any(entries.get(key) is value for key, value in _parameters(guide)) else None
+    return guide if any(entries.get(key) is value for key, value in _tensors(guide)) else None
 
 
 def _forget_the_dead(kind: str) -> None:
@@ -307,12 +274,11 @@ def _rename(guide: Any, name: str) -> None:
 def _move(guide: Any, name: str) -> None:
     """Give a guide another name, and its tensors in the store."""
     before, entries = guide._pyro_name, _entries()
-    own = [*dict(_parameters(guide)), f"{before}.{_BUFFERS}"]
-    held = {key: entries[key] for key in own if key in entries}
+    held = {key: entries[key] for key, _ in _tensors(guide) if key in entries}
     _drop(held)
     _rename(guide, name)
     _GUIDES[name] = guide
-    _put({name + key[len(before) :]: value for key, value in held.items()}, ours=False)
+    _set({name + key[len(before) :]: value for key, value in held.items()})
 
 
 def _same_model(guide: Any, other: Any) -> bool:

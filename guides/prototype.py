@@ -8,6 +8,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
+from pyro_nf.compiler.functorch import in_torchscript_trace
 from pyro_nf.guides.building import check_model
 from pyro_nf.guides.latents import (
     Shape,
@@ -17,7 +18,7 @@ from pyro_nf.guides.latents import (
     lost_latents,
     run_quietly,
 )
-from pyro_nf.guides.parameter_store import keep_buffers, keep_entries, withdraw
+from pyro_nf.guides.parameter_store import keep_entries, withdraw
 from pyro_nf.programs._pyro import without_store
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.sites import is_latent
@@ -52,12 +53,6 @@ class PrototypeGuide(AutoGuide):
     def given_model(self) -> Any:
         """The model as the user gave it, `None` in a copy from a pickle."""
         return None if self._model is None else self._model[0]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Sample every latent site, as `forward`."""
-        result = super().__call__(*args, **kwargs)
-        keep_buffers(self)
-        return result
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Load a state dict, as any module does, before the first call or after it."""
@@ -123,7 +118,7 @@ class PrototypeGuide(AutoGuide):
             self._set_up(args, kwargs)
 
     def _is_unseen(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self._is_part or self._model is None or torch._C._get_tracing_state() is not None:
+        if self._is_part or self._model is None or in_torchscript_trace():
             return False
         kind = argument_kinds(args, kwargs)
         key = kind, argument_sizes(args, kwargs)

@@ -5,13 +5,14 @@ import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from pyro_nf.compiler.recording import GraphError, record
+from pyro_nf.compiler.scripts import scripted
 from pyro_nf.programs.coordinates import LogDensity
 from pyro_nf.programs.noise import running
 
@@ -149,12 +150,12 @@ class Density:
             self.vectorized = False
             return None
         try:
-            graph = make_fx(batch)(points.clone())
+            graph = record(batch, points.clone())
             elsewhere = points + 0.1
             pairs = zip(batch(elsewhere), graph(elsewhere), strict=True)
             if not all(torch.allclose(one, other, rtol=1e-3, equal_nan=True) for one, other in pairs):
                 return batch
-        except (RuntimeError, TypeError):  # an operation or a value that cannot be recorded
+        except (GraphError, RuntimeError, TypeError):  # an operation or a value that cannot be recorded
             return batch
         made = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
         self.work = sum(value.numel() for value in made if isinstance(value, Tensor)) // len(points)
@@ -196,19 +197,6 @@ def _gradients(points: Tensor, key: int) -> tuple[Tensor, Tensor]:
 @_gradients.register_fake
 def _(points: Tensor, key: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(points), points.new_empty(len(points))
-
-
-def scripted(graph: GraphModule, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Return a graph as TorchScript, which goes from operation to operation without Python: twice as fast."""
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            # Deprecated in favour of the compiler, which takes minutes where this takes a second.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            script: Callable[..., Any] = torch.jit.trace(graph, inputs, check_trace=False)
-            script(*inputs)
-    except (RuntimeError, TypeError):  # an operation or a value that TorchScript does not know
-        return graph
-    return script
 
 
 class Together:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_nf.compiler.functorch import standard_gamma
 from pyro_nf.diagnostics.diagnosis import find_names
 from pyro_nf.diagnostics.moments import Moments
 from pyro_nf.diagnostics.progress import Progress
@@ -236,7 +237,7 @@ def _noise(program: BoundProgram, number: int, df: float | None) -> Iterator[tup
     student, normal = torch.distributions.StudentT(df), torch.distributions.Normal(0.0, 1.0)
     for draws in program.chunks(number):
         # Normals over the root of independent chi-squares over df.
-        chi_square = 2 * torch._standard_gamma(torch.full_like(draws.noise, df / 2))
+        chi_square = 2 * standard_gamma(torch.full_like(draws.noise, df / 2))
         noise = draws.noise * (df / chi_square).sqrt()
         wide = noise.double()
         yield draws._replace(noise=noise), (student.log_prob(wide) - normal.log_prob(wide)).sum(-1)

@@ -44,7 +44,7 @@ class ActNorm(ElementwiseAffine):
     @checked
     def __init__(self, dim: Size, context_dim: Count = 0) -> None:
         super().__init__(dim, context_dim)
-        self.register_buffer("initialized", torch.tensor(False))
+        self.register_buffer("initialized", torch.tensor(0.0))
         self._measuring = False
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ class ActNorm(ElementwiseAffine):
     def _set(self, loc: Tensor, log_scale: Tensor) -> None:
         self.params.get_parameter("loc").copy_(loc)
         self.params.get_parameter("log_scale").copy_(unbound(log_scale, LOG_SCALE_BOUND))
-        self.initialized.fill_(True)
+        self.initialized.fill_(1.0)
         self._measuring = False
 
 

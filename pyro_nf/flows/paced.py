@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pyro_nf.compiler.functorch import in_torchscript_trace, with_parameters
 from pyro_nf.flows.base import Flow, Inverse, Sequential
 from pyro_nf.interface.arguments import checked
 
@@ -94,8 +95,8 @@ class Paced(Flow):
             for name, unit in self._units.items()
             if unit != 1
         }
-        if torch._C._get_tracing_state():  # which functional_call refuses, though it does the same
-            with torch.nn.utils.stateless._reparametrize_module(self._methods[0], thetas):
+        if in_torchscript_trace():  # which functional_call refuses, though it does the same
+            with with_parameters(self._methods[0], thetas):
                 return self._methods[0](method, *args)
         return torch.func.functional_call(self._methods[0], thetas, (method, *args), tie_weights=False)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import pyro_nf
+from pyro_nf.compiler import trees
 from pyro_nf.inference.steps import read, write
 from pyro_nf.programs.program import BoundProgram, TracePair
 from pyro_nf.programs.sites import is_data, is_deterministic
@@ -115,7 +115,7 @@ class Identity:
                 yield role, part
 
     def _data_versions(self) -> list[int]:
-        leaves = pytree.tree_leaves((self._program.args, self._program.kwargs))
+        leaves = trees.leaves_of((self._program.args, self._program.kwargs))
         return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
     def _data(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -124,10 +124,10 @@ class Identity:
             return {"": "minibatches"}, {}
         arguments = {}
         for given in (self._program.args, self._program.kwargs):
-            for path, leaf in pytree.tree_flatten_with_path(given)[0]:
+            for path, leaf in trees.leaves_with_paths(given):
                 first: Any = path[0]
                 name = str(first.idx + 1) if given is self._program.args else repr(first.key)
-                arguments[name + pytree.keystr(path[1:])] = _described(leaf)
+                arguments[name + trees.path_string(path[1:])] = _described(leaf)
         structure = self._program.spec
         if structure.subsamples:  # the observed values are some of the data, by chance
             return arguments, {}

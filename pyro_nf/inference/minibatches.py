@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]
-from torch.utils import _pytree as pytree
 
+from pyro_nf.compiler import trees
 from pyro_nf.interface.arguments import unpacked
 from pyro_nf.programs.program import BoundProgram, Program
 
@@ -91,9 +91,7 @@ class Minibatches:
         return self._program.bind(*args, **kwargs)
 
     def _keep(self, name: str, pair: BoundProgram) -> None:
-        self._room -= sum(
-            leaf.nbytes for leaf in pytree.tree_leaves((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)
-        )
+        self._room -= sum(leaf.nbytes for leaf in trees.leaves_of((pair.args, pair.kwargs)) if isinstance(leaf, Tensor))
         self._block.append((name, pair if self._room >= 0 else None))
 
     def _problem(self, pair: BoundProgram, first: bool = False) -> str:
@@ -120,6 +118,6 @@ def faults_in_words(faults: list[Fault], steps: int) -> str:
 
 def _not_finite(pair: BoundProgram) -> str:
     """Count what could be the matter where observed values are not, as in covariates."""
-    leaves = [leaf for leaf in pytree.tree_leaves((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in trees.leaves_of((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)]
     number = sum(int((~leaf.isfinite()).sum()) for leaf in leaves)
     return f"its arguments hold {number} numbers that are NaN or infinite" if number else ""

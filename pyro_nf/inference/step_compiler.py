@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from pyro_nf.compiler import trees
+from pyro_nf.compiler.recording import GraphError
 from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.process_group import Ranks
-from pyro_nf.inference.steps import MIN_STEPS_TO_RECORD, GraphError, GraphSteps, Leaves, PlainSteps, Step
+from pyro_nf.inference.steps import MIN_STEPS_TO_RECORD, GraphSteps, Leaves, PlainSteps, Step
 from pyro_nf.programs.program import BoundProgram, Program, Randomness, signature
 
 Steps = Callable[[State, Tensor, Randomness], tuple[State, Tensor]]
@@ -98,14 +99,14 @@ class StepCompiler:
                 Else one graph serves all tensors of their shapes.
             check: Whether to compare a step that is known with the plain one.
         """
-        values, spec = pytree.tree_flatten((pair.args, pair.kwargs))
+        values, spec = trees.flatten((pair.args, pair.kwargs))
         leaves = () if fixed else tuple(value for value in values if isinstance(value, Tensor))
 
         def bound(leaves: Leaves) -> BoundProgram:
             if fixed:  # the objects themselves, whose contents may change
                 return pair
             given = iter(leaves)
-            args, kwargs = pytree.tree_unflatten(
+            args, kwargs = trees.unflatten(
                 [next(given) if isinstance(value, Tensor) else value for value in values], spec
             )
             return pair.program.bind(*args, **kwargs)

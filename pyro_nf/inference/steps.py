@@ -14,18 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._inductor import compile as inductor_compile
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
-from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from pyro_nf.approximations.density import scripted
+from pyro_nf.compiler.inductor import compile_graph
+from pyro_nf.compiler.recording import GraphError, lift, merge, record, without_reading
+from pyro_nf.compiler.scripts import scripted
 from pyro_nf.inference.optim import State
 from pyro_nf.inference.process_group import Ranks
 from pyro_nf.programs.program import Randomness
@@ -42,8 +35,6 @@ TOLERANCE, TOLERANCE_OF_ALL = 1e-3, 1e-5
 # moves them is seen where parameters are moved by some rounding units, and what differs by some times as much is equal.
 _ROUNDING_UNITS, _TIMES = 8, 20
 
-_READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
-
 # Operations of a compiled graph: more steps in one call save calls, but take longer to compile.
 MAX_OPERATIONS_UNROLLED = 1500
 MAX_UNROLL = 2
@@ -52,10 +43,6 @@ MAX_UNROLL = 2
 COMPILE_SECONDS, COMPILE_SECONDS_PER_OPERATION, SECONDS_SAVED_PER_OPERATION = 4.0, 0.012, 4e-6
 # Recording a step takes as long as some 200 plain steps; those that follow are five to twenty times as fast.
 MIN_STEPS_TO_RECORD = 300
-
-
-class GraphError(Exception):
-    """A step cannot be recorded, compiled, or trusted; the message says why."""
 
 
 class PlainSteps:
@@ -104,7 +91,8 @@ class GraphSteps:
             old, (rate, noise, *rest) = State(*inputs[: len(state)]), inputs[len(state) :]
             given = Randomness(noise, dict(zip(names, rest[: len(names)], strict=True)))
             data = rest[len(names) :]
-            with IntegerConstants(inputs, data) as constants, _WithoutReading(constants):
+            constants, reading = without_reading(inputs, data)
+            with constants, reading:
                 new, value = step(old, rate, given, tuple(data))
             return *new, value
 
@@ -112,12 +100,12 @@ class GraphSteps:
         with self._rehearsal():
             try:
                 # Copies, for one tensor given twice would be one input.
-                self._graph = make_fx(function)(*(tensor.clone() for tensor in inputs))
+                self._graph = record(function, *(tensor.clone() for tensor in inputs))
             except GraphError:
                 raise
             except Exception as error:  # whatever the model raises where its tensors have no values
                 raise GraphError(first_line(error)) from error
-            self._held = _lift(self._graph, params)
+            self._held = lift(self._graph, params)
             self._script = scripted(self._graph, (*(tensor.clone() for tensor in inputs), *self._held))
         self.unroll = 1
         self._call: Callable[..., Leaves] = self._scripted_steps
@@ -159,17 +147,10 @@ class GraphSteps:
         inputs = (*(tensor.clone() for tensor in given), *self._held)
         with self._rehearsal(), torch.no_grad():
             try:
-                # The graph is complete, and its inputs keep their shapes: `torch.compile`, which would read it as
-                # Python and check at each call that nothing has changed, takes longer than a small step itself.
                 steps = self._steps if on_gpu else self._steps_in_place
-                graph = make_fx(functionalize(steps, remove="mutations"))(*inputs)
-                _merge(graph)
-                for node in graph.graph.nodes:
-                    node.meta.clear()  # stand-ins of the recorded tensors, which the compiler would mix with its own
-                # What the compiler keeps on disk for the next process, it looks up by the shapes in such a context.
-                context = TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))
-                with tracing(context):
-                    self._call = inductor_compile(graph, list(inputs), options)
+                graph = record(functionalize(steps, remove="mutations"), *inputs)
+                merge(graph)
+                self._call = compile_graph(graph, inputs, options)
                 self(state, rates, draws, leaves)
             except Exception as error:  # the compiler's errors are of many kinds
                 self.unroll, self._call = 1, self._scripted_steps
@@ -292,73 +273,6 @@ class GraphSteps:
                 write(self._example[0].params if params is None else params, self._params)
 
 
-class IntegerConstants(TorchDispatchMode):
-    """While a graph is recorded, compute at once what follows from whole numbers that are not inputs.
-
-    Then their values may be looked at: a model may index a list with the entries of a permutation, or count the groups
-    that it finds in its data. Other tensors, such as buffers, may change from step to step, and are recorded.
-
-    Args:
-        inputs: What the graph's inputs are.
-        data: Those of them that are data: other ones may come with other steps.
-    """
-
-    def __init__(self, inputs: Sequence[Tensor], data: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self._of_data = {id(tensor) for tensor in data}
-        self._variable = list(inputs)  # kept alive, so that no other tensor gets the same id
-        self._ids = {id(tensor) for tensor in inputs}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, unrecorded if it is a function of constants."""
-        kwargs = kwargs or {}
-        tensors = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        constant = all(not t.is_floating_point() and id(t) not in self._ids for t in tensors) and tensors
-        if constant and not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags:
-            with disable_proxy_modes_tracing():
-                return func(*args, **kwargs)
-        of_data = self.is_of_data(tensors)
-        if of_data and _has_shape_of_values(func, args):
-            raise GraphError("shapes depend on the values of data, which are others in other minibatches")
-        results = func(*args, **kwargs)
-        for result in pytree.tree_leaves(results):
-            if isinstance(result, Tensor):
-                self._variable.append(result)
-                self._ids.add(id(result))
-                if of_data:
-                    self._of_data.add(id(result))
-        return results
-
-    def is_of_data(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether one of these tensors was computed from data that are inputs."""
-        return any(id(tensor) in self._of_data for tensor in tensors)
-
-
-def _has_shape_of_values(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether the shape of an operation's result depends on values; that of an index, on those of masks alone."""
-    if func is torch.ops.aten.index.Tensor:
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.dynamic_output_shape in func.tags
-
-
-class _WithoutReading(TorchFunctionMode):
-    """Refuse what reads the values of data that are inputs, unseen by the recording."""
-
-    def __init__(self, constants: IntegerConstants) -> None:
-        super().__init__()
-        self._constants = constants
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`, unless it reads values."""
-        if func in _READERS and self._constants.is_of_data(args[:1]):
-            raise GraphError(f"Tensor.{func.__name__}() reads data, which are others in other minibatches")
-        return func(*args, **(kwargs or {}))
-
-
 def write(flat: Tensor, params: Sequence[Tensor]) -> None:
     """Copy values that stand side by side into the parameters."""
     with torch.no_grad():
@@ -382,52 +296,6 @@ def _repeated(draws: Randomness, num_steps: int) -> Randomness:
     """Other draws of the same kind for each step: the given ones, rolled along the particles."""
     noise = torch.stack([draws.noise.roll(i, -1) for i in range(num_steps)])
     return Randomness(noise, {name: torch.stack([rows] * num_steps) for name, rows in draws.indices.items()})
-
-
-def _lift(graph: GraphModule, params: Sequence[Tensor]) -> Leaves:
-    """Make what a graph reads an input: parameters from the first, where they stand side by side, others one by one.
-
-    Returns:
-        The other tensors, inputs behind those that the graph has.
-    """
-    nodes = graph.graph
-    flat, *_, last_input = (node for node in nodes.nodes if node.op == "placeholder")
-    places: dict[int, Node] = {}
-    held: list[Tensor] = []
-    read = [(node, getattr(graph, str(node.target))) for node in nodes.nodes if node.op == "get_attr"]
-    known = {id(param) for param in params}
-    for _, tensor in read:
-        if id(tensor) not in known:
-            known.add(id(tensor))
-            with nodes.inserting_after(last_input):
-                last_input = places[id(tensor)] = nodes.placeholder(f"held_{len(held)}")
-            held.append(tensor)
-    end = 0
-    for param in params:
-        start, end = end, end + param.numel()
-        with nodes.inserting_after(last_input):
-            part = nodes.call_function(torch.ops.aten.slice.Tensor, (flat, 0, start, end))
-        with nodes.inserting_after(part):
-            places[id(param)] = nodes.call_function(torch.ops.aten.view.default, (part, list(param.shape)))
-    for node, tensor in read:
-        node.replace_all_uses_with(places[id(tensor)])
-        nodes.erase_node(node)
-    graph.recompile()
-    return tuple(held)
-
-
-def _merge(graph: GraphModule) -> None:
-    """Do once what a graph without mutations does twice, as the model and the guide gather the rows of a minibatch."""
-    known: dict[Any, Node] = {}
-    for node in graph.graph.nodes:
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            arguments, _ = pytree.tree_flatten((node.target, node.args, node.kwargs))
-            key = tuple((type(value), value) for value in arguments)
-            if first := known.get(key):
-                node.replace_all_uses_with(first)
-                graph.graph.erase_node(node)
-            else:
-                known[key] = node
 
 
 def _size(tensor: Tensor) -> float:

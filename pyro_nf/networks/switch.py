@@ -16,7 +16,7 @@ class Switch(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("on", torch.tensor(False))
+        self.register_buffer("on", torch.tensor(0.0))
         self._is_on = False
 
     def __bool__(self) -> bool:

@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_current_functorch_interpreter
 from torch.autograd import Function
 from torch.distributions import Distribution
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode, get_proxy_slot
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 
+from pyro_nf.compiler import functorch
+from pyro_nf.compiler.functorch import is_batched
+from pyro_nf.compiler.recording import is_constant, unrecorded
 from pyro_nf.programs.factorizations import NEVER_RAISING
-from pyro_nf.programs.rewrites import REWRITES, Rewrite, is_batched
+from pyro_nf.programs.rewrites import REWRITES, Rewrite
 
 # What makes a tensor that nobody else holds.
 _MAKERS = {
@@ -49,7 +49,7 @@ _IN_TWO: dict[Any, Callable[..., Tensor]] = {
     Tensor.scatter_: torch.scatter,
 }
 # What torch's distributions ask when they check values, which no model does where it is batched.
-_IS_VALID = getattr(torch, "_is_all_true", None)
+_IS_VALID = functorch.validity_check()
 
 
 class Batchable(TorchFunctionMode):
@@ -98,7 +98,7 @@ class Batchable(TorchFunctionMode):
         return True
 
     def _data(self, func: Any, x: Tensor, *args: Any) -> Any:
-        return x.detach() if _functorch.is_functorch_wrapped_tensor(x) else func(x, *args)
+        return x.detach() if functorch.is_wrapped(x) else func(x, *args)
 
     def _set(self, func: Any, x: Tensor, index: Any, value: Any) -> None:
         is_mask = isinstance(index, Tensor) and index.dtype == torch.bool
@@ -120,7 +120,7 @@ class Batchable(TorchFunctionMode):
                 raise
         own = x + torch.zeros_like(batched[0].detach().flatten()[0], dtype=x.dtype)
         func(own, *args, **kwargs)
-        torch._C._swap_tensor_impl(x, own)  # type: ignore[attr-defined]  # all that refer to x shall find what is written
+        functorch.swap(x, own)  # all that refer to x shall find what is written
         return x
 
     def _is_models_own(self, x: Tensor) -> bool:
@@ -128,40 +128,21 @@ class Batchable(TorchFunctionMode):
         made = self._made.get(id(x))
         if made is None or made() is not x:
             return False
-        x = _unwrapped(x)
-        return not x._is_view() and _num_users(x) == _ALONE
+        x = functorch.unwrapped(x)
+        return not x._is_view() and functorch.num_users(x) == _ALONE
 
     def _number(self, func: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what a tensor's values are, also where a graph is recorded that they do not depend on."""
         if is_batched(x):
             return func(x, *args, **kwargs)  # which raises
-        x = _unwrapped(x)
+        x = functorch.unwrapped(x)
         try:
             return func(x, *args, **kwargs)
         except RuntimeError:
-            if not self._is_constant(x):
+            if not is_constant(x, self._is_known):
                 raise
-        with disable_proxy_modes_tracing():
+        with unrecorded():
             return func(x, *args, **kwargs)
-
-    def _is_constant(self, x: Tensor) -> bool:
-        """Whether a tensor follows from none of a recording's inputs, nor from what may change until it is used."""
-        mode: Any = get_proxy_mode()
-        slot: Any = None if mode is None else get_proxy_slot(x, mode.tracer, None)
-        if slot is None:
-            return False
-        pending, seen = [slot.proxy.node], set()
-        while pending:
-            node = pending.pop()
-            if node in seen:
-                continue
-            seen.add(node)
-            if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-                return False
-            if node.op == "get_attr" and not self._is_known(getattr(mode.tracer.root, str(node.target)), node):
-                return False
-            pending += node.all_input_nodes
-        return True
 
     def _is_known(self, held: Tensor, node: Any) -> bool:
         literal = all(user.target is torch.ops.aten.lift_fresh_copy.default for user in node.users)
@@ -170,7 +151,7 @@ class Batchable(TorchFunctionMode):
 
 def batchable(fixed: bool = False) -> AbstractContextManager[Any]:
     """Return the mode to run under: a `Batchable`, or none where one that serves is there already."""
-    modes = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, Batchable)]
+    modes = [mode for mode in functorch.function_modes() if isinstance(mode, Batchable)]
     return nullcontext() if any(mode.fixed or not fixed for mode in modes) else Batchable(fixed)
 
 
@@ -216,15 +197,11 @@ class _Context:
 def _apply(cls: type[Function], *args: Any, **kwargs: Any) -> Any:
     """Stand in for `Function.apply`: batch functions that have `forward(ctx, ...)` and no `setup_context`, too."""
     old_style = cls.setup_context is Function.setup_context
-    if not (old_style and torch._C._are_functorch_transforms_active()):
+    if not (old_style and functorch.in_transform()):
         return _plain_apply(cls, *args, **kwargs)
-    level = retrieve_current_functorch_interpreter()
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
     if (
-        isinstance(level, VmapInterpreter)
-        and level.randomness() == "different"
-        and tensors
-        and not any(is_batched(args[i]) for i in tensors)
+        functorch.draws_differ() and tensors and not any(is_batched(args[i]) for i in tensors)
     ):  # it may draw: from parameters that all draws share, too, they shall differ
         first = tensors[0]
         args = (*args[:first], args[first] + 0.0 * torch.rand(()).to(args[first]), *args[first + 1 :])
@@ -297,17 +274,6 @@ def _rule(func: Any) -> Callable[..., Any] | None:
     return Batchable._write if in_place and getattr(Tensor, name, None) is func else None
 
 
-def _unwrapped(x: Tensor) -> Tensor:
-    while _functorch.is_functorch_wrapped_tensor(x):
-        x = _functorch.get_unwrapped(x)
-    return x
-
-
-def _num_users(x: Tensor) -> int:
-    count: int = torch._C._storage_Use_Count(x.untyped_storage()._cdata)  # type: ignore[attr-defined]
-    return count
-
-
-_ALONE = _num_users(torch.zeros(1))
+_ALONE = functorch.num_users(torch.zeros(1))
 _plain_apply = Function.apply.__func__  # type: ignore[attr-defined]
 _rewriting = _Rewriting((*REWRITES, (Function, "apply", classmethod(_apply))))

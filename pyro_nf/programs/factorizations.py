@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from pyro_nf.compiler import trees
 
 
 def _cholesky(matrix: Tensor, upper: bool = False, *, out: None = None) -> Tensor:
@@ -42,7 +43,7 @@ def _of_finite(function: Callable[..., Any], matrix: Tensor, *args: Any, **kwarg
     finite = matrix.isfinite().flatten(-2).all(-1)
     eye = torch.eye(*matrix.shape[-2:], dtype=matrix.dtype, device=matrix.device)
     results = function(torch.where(finite[..., None, None], matrix, eye), *args, **kwargs)
-    return pytree.tree_map(partial(_where, finite), results)
+    return trees.map_leaves(partial(_where, finite), results)
 
 
 def _where(usable: Tensor, result: Tensor) -> Tensor:

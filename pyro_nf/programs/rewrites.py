@@ -14,11 +14,12 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import stable, stable_log_prob
 from torch import Tensor
-from torch._C import _functorch
 from torch.autograd import Function
 from torch.distributions import Distribution, dirichlet
 from torch.distributions.transforms import Transform
 from torch.overrides import TorchFunctionMode
+
+from pyro_nf.compiler.functorch import is_batched, sample_dirichlet, without_modes
 
 Rewrite = tuple[Any, str, Any]
 """An owner (a class or a module), the name of one of its functions, and what stands in for it."""
@@ -26,15 +27,6 @@ Rewrite = tuple[Any, str, Any]
 # Points of the trapezoid rule over a circle: its error is below rounding for concentrations up to Pyro's bound, which
 # make a density no narrower than 0.01.
 _CIRCLE, _MAX_CONCENTRATION = 1024, 10_000.0
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether `vmap` batches a tensor, at any of its levels."""
-    while _functorch.is_functorch_wrapped_tensor(x):
-        if _functorch.is_batchedtensor(x):
-            return True
-        x = _functorch.get_unwrapped(x)
-    return False
 
 
 def may_hold(condition: Tensor) -> bool:
@@ -169,7 +161,7 @@ class _DirichletDraw(Function):
 
     @staticmethod
     def forward(concentration: Tensor, other: Tensor) -> Tensor:
-        return torch._sample_dirichlet(concentration)
+        return sample_dirichlet(concentration)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -251,7 +243,7 @@ class _Drawn(Function):
     @staticmethod
     def forward(draw: Callable[..., Tensor], zero: Tensor, *tensors: Tensor) -> Tensor:
         # Below all modes: its normals are no noise of the guide's, for their number depends on values.
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch.no_grad(), without_modes():
             return draw(*tensors)
 
     @staticmethod

@@ -11,8 +11,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
 
+from pyro_nf.compiler.functorch import in_vmap, is_batched
 from pyro_nf.programs.noise import running
-from pyro_nf.programs.rewrites import is_batched
 from pyro_nf.programs.sites import is_data, is_latent, subsample_scale
 from pyro_nf.programs.validity import bounds, can_fail, demand, holds, is_checked, parameters, seen, support_of, unwrap
 
@@ -79,8 +79,7 @@ def _validity(trace: poutine.Trace, latents: bool, everything: bool = False) -> 
         everything: Whether to look for NaN, and at what is the same for all draws.
     """
     trained = any(site["type"] == "param" for site in trace.nodes.values())
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    in_batch = any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack)
+    in_batch = in_vmap()
 
     def varies(tensor: Tensor) -> bool:
         """Whether a tensor may depend on the draw: where draws are batched, what is not in the batch does not."""

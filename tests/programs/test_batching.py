@@ -246,7 +246,7 @@ def prior_bijection(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_densities_are_batched_and_are_pyros(name, monkeypatch):
     if name not in RECORDED:
-        monkeypatch.setattr("pyro_nf.approximations.density.make_fx", not_recorded)
+        monkeypatch.setattr("pyro_nf.approximations.density.record", not_recorded)
     data, to_support = data_of(name), prior_bijection(name)
     make = RECIPES[name]
 
