@@ -22,7 +22,7 @@ import pyro_nf
 from pyro_nf import diagnostics, flows, guides, inference, models, networks, testing
 from pyro_nf.inference import elbo, staged
 from pyro_nf.models import imputation, tables
-from pyro_nf.models.benchmarks import energies, hard_posteriors, posteriordb
+from pyro_nf.models.benchmarks import energies, hard_posteriors, images, posteriordb
 
 ROOT = pathlib.Path(pyro_nf.__file__).parent
 Y = torch.tensor([1.0, 2.0, 0.5])
@@ -182,12 +182,12 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "networks.OrderAgnosticMADE": (networks.OrderAgnosticMADE, {"dim": 3, "num_params": 1, "hidden_dims": (4,)}),
     "networks.freeze": (networks.freeze, {"module": nn.Linear(2, 2)}),
     "networks.start_at_zero": (lambda layer: networks.start_at_zero(layer), {"layer": nn.Linear(2, 2)}),
-    "inference.elbo.ELBO": (
+    "inference.ELBO": (
         elbo.ELBO,
         {"num_particles": 4, "sticking_the_landing": True, "annealing_steps": 0},
     ),
-    "inference.elbo.IWELBO": (elbo.IWELBO, {"num_importance_samples": 2, "num_particles": 4}),
-    "inference.elbo.KLAnnealedELBO": (elbo.KLAnnealedELBO, {"warmup_steps": 2, "free_bits": 0.1, "num_particles": 4}),
+    "inference.IWELBO": (elbo.IWELBO, {"num_importance_samples": 2, "num_particles": 4}),
+    "inference.KLAnnealedELBO": (elbo.KLAnnealedELBO, {"warmup_steps": 2, "free_bits": 0.1, "num_particles": 4}),
     "diagnostics.calibrate": (
         lambda **o: diagnostics.calibrate(model, lambda simulated: prior, Y, **o),
         {"num_simulations": 20, "num_samples": 100, "num_workers": 1, "seed": 0},
@@ -263,11 +263,14 @@ CALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "models.Resampled": (models.Resampled, {"source": torch.zeros(3, 2), "draw": models.binarize}),
     "models.binarize": (models.binarize, {"levels": torch.rand(3)}),
     "models.dequantize": (models.dequantize, {"levels": torch.rand(3)}),
-    "models.load_mnist": (models.load_mnist, {"folder": "/no/such/folder"}),
-    "models.load_static_mnist": (models.load_static_mnist, {"folder": "/no/such/folder"}),
-    "models.load_omniglot": (models.load_omniglot, {"folder": "/no/such/folder"}),
-    "models.load_frey_faces": (models.load_frey_faces, {"folder": "/no/such/folder"}),
-    "models.load_caltech_silhouettes": (models.load_caltech_silhouettes, {"folder": "/no/such/folder"}),
+    "models.benchmarks.images.load_mnist": (images.load_mnist, {"folder": "/no/such/folder"}),
+    "models.benchmarks.images.load_static_mnist": (images.load_static_mnist, {"folder": "/no/such/folder"}),
+    "models.benchmarks.images.load_omniglot": (images.load_omniglot, {"folder": "/no/such/folder"}),
+    "models.benchmarks.images.load_frey_faces": (images.load_frey_faces, {"folder": "/no/such/folder"}),
+    "models.benchmarks.images.load_caltech_silhouettes": (
+        images.load_caltech_silhouettes,
+        {"folder": "/no/such/folder"},
+    ),
     "models.eight_schools.grid_posterior": (
         models.eight_schools.grid_posterior,
         {"sigma": torch.ones(2), "y": torch.zeros(2), "num_mu": 10, "num_log_tau": 10},

@@ -17,7 +17,7 @@ References:
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import opt_einsum
@@ -200,7 +200,7 @@ def _packed(site: dict[str, Any], symbols: _Symbols) -> tuple[Row, str]:
 def _tilted(row: Row, dims: str, tilt: Tensor, site: dict[str, Any], own: str, symbols: _Symbols) -> Row:
     """Add to a latent's log density something for each of its values."""
     frames = sorted((frame for frame in site["cond_indep_stack"] if frame.vectorized), key=lambda frame: frame.dim)
-    return row_of(row.value() + _aligned(tilt, "".join(map(symbols.of_plate, frames)) + own, dims))
+    return row_of(row.value() + aligned(tilt, "".join(map(symbols.of_plate, frames)) + own, dims))
 
 
 def _scaled(term: Tensor, scale: Any) -> Tensor:
@@ -292,7 +292,7 @@ class _Eliminator:
             left = self._round(left, pending)
         out = "".join(sorted(set("".join(dims for _, dims in left))))
         sizes = {dim: size for row, dims in left for dim, size in zip(dims, row.shape, strict=True)}
-        value = functools.reduce(torch.add, [_aligned(row.value(), dims, out) for row, dims in left])
+        value = functools.reduce(torch.add, [aligned(row.value(), dims, out) for row, dims in left])
         row = row_of(value.expand([sizes[dim] for dim in out]))
         sites = tuple(name for factor in factors for name in factor.sites)
         return _Factor(sites, row, out, factors[0].plates, factors[0].scale)
@@ -376,60 +376,8 @@ def log_sum_exp(values: Tensor, dim: int) -> Tensor:
     return torch.where(total > 0, result, -math.inf)
 
 
-def _aligned(term: Tensor, dims: str, out: str) -> Tensor:
+def aligned(term: Tensor, dims: str, out: str) -> Tensor:
     """Return a term with its dimensions in the order of `out`, of size 1 where it has none."""
     term = term.permute([dims.index(dim) for dim in out if dim in dims])
     sizes = iter(term.shape)
     return term.reshape([next(sizes) if dim in dims else 1 for dim in out])
-
-
-Choose = Callable[[Tensor], Tensor]
-"""`(log weights, (*batch, K)) -> indices, (*batch,)`."""
-
-
-def categorical(log_weights: Tensor) -> Tensor:
-    """Draw an index of the last dimension, by Gumbel noise."""
-    uniform = torch.rand_like(log_weights).clamp(min=torch.finfo(log_weights.dtype).tiny)
-    return (log_weights - (-uniform.log()).log()).argmax(-1)
-
-
-def backward(found: Contraction, choose: Choose = categorical) -> dict[str, Tensor]:
-    """Choose a value of each latent that was summed out, given those that were summed out after it.
-
-    Args:
-        found: A contraction.
-        choose: How: `categorical` draws from the joint posterior.
-
-    Returns:
-        Indices of the values in each site's support, `{site: tensor}`, of the shape of the site's plates.
-    """
-    plates = {symbol: name for name, symbol in found.plates.items()}
-    chosen: dict[str, tuple[Tensor, str]] = {}
-    for dim, tables, row, dims in reversed(found.tape):
-        table = tables[row]
-        for other in [d for d in dims if d in chosen]:
-            table, dims = _at(table, dims, other, *chosen[other])
-        place = dims.index(dim)
-        rest = dims.replace(dim, "")
-        chosen[dim] = choose(table.movedim(place, -1)), rest
-    result = {}
-    for name, symbol in found.symbols.items():
-        value, dims = chosen[symbol]
-        places = sorted(dims, key=lambda d: found.plate_dims[plates[d]])
-        value = value.permute([dims.index(d) for d in places])
-        depth = max([-found.plate_dims[plates[d]] for d in dims], default=0)
-        shape = [1] * depth
-        for d, size in zip(places, value.shape, strict=True):
-            shape[found.plate_dims[plates[d]]] = size
-        result[name] = value.reshape(shape)
-    return result
-
-
-def _at(table: Tensor, dims: str, dim: str, index: Tensor, index_dims: str) -> tuple[Tensor, str]:
-    """Return a table at chosen indices along one dimension."""
-    rest = dims.replace(dim, "")
-    full = _aligned(index, index_dims, "".join(d for d in rest if d in index_dims)) if index_dims else index
-    shape = [table.shape[dims.index(d)] if d in index_dims else 1 for d in rest]
-    expanded = full.reshape(shape).expand([table.shape[dims.index(d)] for d in rest])
-    moved = table.movedim(dims.index(dim), -1)
-    return moved.gather(-1, expanded[..., None])[..., 0], rest

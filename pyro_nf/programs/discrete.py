@@ -7,11 +7,62 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.programs.contraction import Choose, backward, categorical, contract, log_sum_exp
+from pyro_nf.programs.contraction import Contraction, aligned, contract, log_sum_exp
 from pyro_nf.programs.grouped import compute_log_prob
 from pyro_nf.programs.noise import running
 from pyro_nf.programs.program import BoundProgram, TracePair
 from pyro_nf.programs.sites import is_enumerated, is_latent
+
+Choose = Callable[[Tensor], Tensor]
+"""`(log weights, (*batch, K)) -> indices, (*batch,)`."""
+
+
+def categorical(log_weights: Tensor) -> Tensor:
+    """Draw an index of the last dimension, by Gumbel noise."""
+    uniform = torch.rand_like(log_weights).clamp(min=torch.finfo(log_weights.dtype).tiny)
+    return (log_weights - (-uniform.log()).log()).argmax(-1)
+
+
+def backward(found: Contraction, choose: Choose = categorical) -> dict[str, Tensor]:
+    """Choose a value of each latent that was summed out, given those that were summed out after it.
+
+    Args:
+        found: A contraction.
+        choose: How: `categorical` draws from the joint posterior.
+
+    Returns:
+        Indices of the values in each site's support, `{site: tensor}`, of the shape of the site's plates.
+    """
+    plates = {symbol: name for name, symbol in found.plates.items()}
+    chosen: dict[str, tuple[Tensor, str]] = {}
+    for dim, tables, row, dims in reversed(found.tape):
+        table = tables[row]
+        for other in [d for d in dims if d in chosen]:
+            table, dims = _at(table, dims, other, *chosen[other])
+        place = dims.index(dim)
+        rest = dims.replace(dim, "")
+        chosen[dim] = choose(table.movedim(place, -1)), rest
+    result = {}
+    for name, symbol in found.symbols.items():
+        value, dims = chosen[symbol]
+        places = sorted(dims, key=lambda d: found.plate_dims[plates[d]])
+        value = value.permute([dims.index(d) for d in places])
+        depth = max([-found.plate_dims[plates[d]] for d in dims], default=0)
+        shape = [1] * depth
+        for d, size in zip(places, value.shape, strict=True):
+            shape[found.plate_dims[plates[d]]] = size
+        result[name] = value.reshape(shape)
+    return result
+
+
+def _at(table: Tensor, dims: str, dim: str, index: Tensor, index_dims: str) -> tuple[Tensor, str]:
+    """Return a table at chosen indices along one dimension."""
+    rest = dims.replace(dim, "")
+    full = aligned(index, index_dims, "".join(d for d in rest if d in index_dims)) if index_dims else index
+    shape = [table.shape[dims.index(d)] if d in index_dims else 1 for d in rest]
+    expanded = full.reshape(shape).expand([table.shape[dims.index(d)] for d in rest])
+    moved = table.movedim(dims.index(dim), -1)
+    return moved.gather(-1, expanded[..., None])[..., 0], rest
 
 
 def draw_discrete(trace: poutine.Trace, choose: Choose = categorical) -> dict[str, Tensor]:

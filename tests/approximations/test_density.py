@@ -106,8 +106,11 @@ def test_the_first_error_ends_all_threads_and_is_raised(error, raised_by):
 
 
 def climbing(before):
-    """Threads that are new, but for that of a progress bar."""
-    return [each for each in threading.enumerate() if each not in before and type(each).__name__ != "TMonitor"]
+    """Threads that are new and do not end by themselves, but for that of a progress bar."""
+    new = [each for each in threading.enumerate() if each not in before and type(each).__name__ != "TMonitor"]
+    for each in new:  # one that Ctrl-C met as it started is not waited for by its pool
+        each.join(5.0)
+    return [each for each in new if each.is_alive()]
 
 
 def test_ctrl_c_ends_all_threads():

@@ -228,7 +228,7 @@ def local_model(x):
 
 def discrete_model():
     pyro.sample("p", dist.Beta(1.0, 1.0))
-    pyro.sample("k", dist.Bernoulli(0.5))
+    pyro.sample("k", dist.Poisson(0.5))
 
 
 def no_latents():
@@ -246,7 +246,7 @@ def test_bad_input_gets_a_sentence():
         AutoFlow(regression, init_scale=-1.0)
     with pytest.raises(ValueError, match="AutoFlow found no latent variables"):
         AutoFlow(no_latents)()
-    with pytest.raises(ValueError, match="continuous latents; site 'k' is discrete"):
+    with pytest.raises(ValueError, match="site 'k' is discrete, and Poisson has no finite support"):
         AutoFlow(discrete_model)()
     with pytest.raises(ValueError, match=r"'z' is local to the subsampled plate 'data'.*AmortizedFlow"):
         AutoFlow(local_model)(torch.zeros(10))

@@ -324,7 +324,7 @@ def test_latents_in_the_wrong_place_get_a_sentence():
         with pyro.plate("rows", len(x)):
             pyro.sample("k", dist.Bernoulli(0.5))
 
-    with pytest.raises(ValueError, match="StructuredFlow takes continuous latents; site 'k' is discrete"):
+    with pytest.raises(ValueError, match="encoders must be of plates that hold latents: the model's are none"):
         StructuredFlow(discrete, {"rows": Column(2)})(X)
 
     def sequential(x):

