@@ -308,7 +308,6 @@ LATE = {
 NO_CALLS = {
     "flows": {"Additive", "Transformer", "stacks", "unpaced"},
     "networks": {"Switch"},
-    "inference.elbo": {"CoordinateELBO"},
     "diagnostics": {"Calibration", "CorrectedPosterior", "Diagnosis", "LocalEvidence", "Verdict"},
     "inference": {"Evaluation", "FitResult", "Status"},
     "inference.staged": {

@@ -184,8 +184,8 @@ def merge(graph: GraphModule) -> None:
     known: dict[Any, Node] = {}
     for node in graph.graph.nodes:
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
-            arguments, _ = trees.flatten((node.target, node.args, node.kwargs))
-            key = tuple((type(value), value) for value in arguments)
+            arguments, names = trees.flatten((node.target, node.args, node.kwargs))
+            key = str(names), *((type(value), value) for value in arguments)
             if first := known.get(key):
                 node.replace_all_uses_with(first)
                 graph.graph.erase_node(node)
