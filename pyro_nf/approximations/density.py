@@ -199,7 +199,7 @@ def _(points: Tensor, key: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(points), points.new_empty(len(points))
 
 
-class Together:
+class BatchedEvaluator:
     """A batched function for several threads: what they ask is answered as one batch, once all of them have asked.
 
     The function runs in the thread that calls `run`, so that it finds there what it would find without threads, and

@@ -14,7 +14,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from pyro_nf.approximations.density import Ask, Density, Together
+from pyro_nf.approximations.density import Ask, BatchedEvaluator, Density
 from pyro_nf.approximations.natural_gradient import normal_log_prob
 from pyro_nf.distributions import FlowDistribution
 from pyro_nf.interface.waits import Report, silent
@@ -197,7 +197,7 @@ def _run_lbfgs(density: Density, points: Tensor, advance: Callable[[int], object
             advance(1)
         return torch.as_tensor(result.x).to(points)
 
-    return torch.stack(Together(evaluate).run(run, len(points)))
+    return torch.stack(BatchedEvaluator(evaluate).run(run, len(points)))
 
 
 def _scale_tril(hessian: Tensor) -> Tensor | None:

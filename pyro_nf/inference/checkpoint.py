@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.optim import State
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.result import Evaluation
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.interface import untrusted
@@ -72,7 +72,7 @@ class Progress:
         if self.best_evaluation is evaluation:
             self.best = params
 
-    def save(self, path: Path, ranks: Ranks, identity: Identity) -> None:
+    def save(self, path: Path, ranks: ProcessGroup, identity: Identity) -> None:
         """Write all of it, what it is of, and each process's random state, to a file that is whole or the old one.
 
         Every process calls this; the first one writes.
@@ -94,7 +94,9 @@ class Progress:
         untrusted.replace(path, lambda file: torch.save(content, file))
 
     @classmethod
-    def load(cls, path: Path, params: Tensor, ranks: Ranks, identity: Identity) -> tuple["Progress", list[Tensor]]:
+    def load(
+        cls, path: Path, params: Tensor, ranks: ProcessGroup, identity: Identity
+    ) -> tuple["Progress", list[Tensor]]:
         """Read on the first process a file that `save` wrote; return what it holds, and this process's random state.
 
         Model and guide take over its fixed tensors.

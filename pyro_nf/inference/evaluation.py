@@ -12,7 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_nf.inference.elbo import ELBO
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.result import Evaluation, FitResult, Status
 from pyro_nf.interface.arguments import explain_failure, named_arguments
 from pyro_nf.programs.matching import matched_spec
@@ -74,7 +74,7 @@ def warn_of_nothing_observed(program: BoundProgram) -> None:
 
 
 def evaluate(
-    program: BoundProgram, ranks: Ranks, step: int, num_draws: int, num_particles: int, num_batches: int
+    program: BoundProgram, ranks: ProcessGroup, step: int, num_draws: int, num_particles: int, num_batches: int
 ) -> Evaluation:
     """Evaluate on fresh draws, and on fresh minibatches where a plate is subsampled.
 
@@ -123,7 +123,7 @@ def _evaluation(step: int, mean: float, variance: float, number: int) -> Evaluat
 
 def explained(result: FitResult, program: BoundProgram) -> FitResult:
     """Say why draws of the fitted guide have no density, if some have none: what rests on them is not converged."""
-    if math.isfinite(result.elbo) or Ranks().size > 1:
+    if math.isfinite(result.elbo) or ProcessGroup().size > 1:
         return result
     with torch.random.fork_rng():
         reasons = in_words(program.without_density(_NUM_SUSPECTS))
@@ -134,7 +134,7 @@ def explained(result: FitResult, program: BoundProgram) -> FitResult:
     return dataclasses.replace(result, status=status, stop_reason=f"{start}: {reasons}")
 
 
-def sites_without_density(program: BoundProgram, ranks: Ranks, num_particles: int) -> Sequence[str]:
+def sites_without_density(program: BoundProgram, ranks: ProcessGroup, num_particles: int) -> Sequence[str]:
     """Return the names of the sites that have no finite density at some of the guide's draws."""
 
     def broken(pair: TracePair) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from pyro_nf.inference.fingerprint import Identity
 from pyro_nf.inference.minibatches import Minibatches
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.options import StepOptions
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.result import Evaluation, FitResult, Status
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.staged.guide import StagedGuide
@@ -78,7 +78,7 @@ class StepFit:
     ) -> None:
         self.program, self.data, self.options, self.watch = program, data, options, watch
         self.fixed, self.name, self.is_stage, self.make_compiler = fixed, name, is_stage, make_compiler
-        self.ranks = Ranks()
+        self.ranks = ProcessGroup()
 
     def run(self, resume: Path | None = None) -> FitResult:
         """Fit, and leave the best state in the guide.
@@ -103,7 +103,7 @@ class StepFit:
         options, ranks = self.options, self.ranks
         params = self._params(first)
         starts = self._start_at_modes(first) if options.num_starts and resume is None else None
-        ranks.part()
+        ranks.reseed_by_rank()
         flat = _shared(ranks, params)
         identity = self._identity(first, params)
         resumed = None if resume is None else Progress.load(resume, flat, ranks, identity)
@@ -338,11 +338,11 @@ class StepFit:
         )
 
 
-def _shared(ranks: Ranks, params: Sequence[Tensor]) -> Tensor:
+def _shared(ranks: ProcessGroup, params: Sequence[Tensor]) -> Tensor:
     """Return the first process's parameters side by side, written on all."""
     shapes = ranks.gather([tuple(param.shape) for param in params])
     if any(other != shapes[0] for other in shapes):
         raise ValueError(f"model and guide must be the same on all processes; got parameters of shapes {shapes}")
-    flat = ranks.of_first(read(params))
+    flat = ranks.broadcast(read(params))
     write(flat, params)
     return flat

@@ -29,7 +29,7 @@ def _(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor)
 
 
-class Ranks:
+class ProcessGroup:
     """The processes of `torch.distributed`'s default group or, where it is not initialised, this one alone.
 
     All of them must make the same calls in the same order: a process that makes another, or ends, ends the others'
@@ -54,7 +54,7 @@ class Ranks:
         return tensor if self.size == 1 else _mean_over_ranks(tensor)  # type: ignore[no-any-return]
 
     @contextmanager
-    def rehearsal(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         """Let `mean`, also in graphs, return this process's own tensor: nobody waits for one that fails here."""
         global _alone
         before, _alone = _alone, True
@@ -78,7 +78,7 @@ class Ranks:
             processes.all_gather_object(values, value)
         return values
 
-    def of_first(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """Return the first process's tensor."""
         if self.size > 1:
             tensor = tensor.clone()
@@ -124,7 +124,7 @@ class Ranks:
             self._seed = seed
             torch.manual_seed(seed)
 
-    def part(self) -> None:
+    def reseed_by_rank(self) -> None:
         """Seed the generators apart, once model and guide have set themselves up alike."""
         if self.size > 1:
             torch.manual_seed(self._seed + self.index)

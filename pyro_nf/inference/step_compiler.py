@@ -15,7 +15,7 @@ from pyro_nf.compiler import trees
 from pyro_nf.compiler.recording import GraphError
 from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.steps import MIN_STEPS_TO_RECORD, GraphSteps, Leaves, PlainSteps, Step
 from pyro_nf.programs.program import BoundProgram, Program, Randomness, signature
 
@@ -58,7 +58,7 @@ class StepCompiler:
         objective: ELBO,
         adam: GuardedAdam,
         params: Sequence[Tensor],
-        ranks: Ranks,
+        ranks: ProcessGroup,
         num_steps: int,
         block: int,
     ) -> None:
@@ -152,7 +152,7 @@ class StepCompiler:
         run = self._known.get(key)
         if not isinstance(run, GraphSteps):
             return ""
-        with self.ranks.rehearsal(), torch.random.fork_rng():
+        with self.ranks.no_sync(), torch.random.fork_rng():
             torch.manual_seed(self._uses[key])
             draws = pair.draw(num_particles)
             return run.difference(state.params, draws, leaves)
@@ -202,7 +202,7 @@ class StepCompiler:
             return plain
         bound(leaves).spec  # noqa: B018 - a first run draws: here, as where steps are plain
         # The processes must take the same form, for each rounds in its own way; none waits for another until all know.
-        with self.ranks.rehearsal():
+        with self.ranks.no_sync():
             forms, reason, failed = self._rehearse(plain, step, bound, state, num_particles, leaves, block)
         outcomes = self.ranks.gather((len(forms) - 1, reason, failed))
         reached, self.reason, failed = min(outcomes, key=lambda outcome: outcome[0])

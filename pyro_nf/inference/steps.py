@@ -20,7 +20,7 @@ from pyro_nf.compiler.inductor import compile_graph
 from pyro_nf.compiler.recording import GraphError, lift, merge, record, without_reading
 from pyro_nf.compiler.scripts import scripted
 from pyro_nf.inference.optim import State
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.programs.program import Randomness
 
 Leaves = tuple[Tensor, ...]
@@ -137,7 +137,7 @@ class GraphSteps:
         options = {
             "fallback_random": True,
             # A captured graph would repeat what the first calls did, and these share nothing with other processes.
-            "triton.cudagraphs": on_gpu and Ranks().size == 1,
+            "triton.cudagraphs": on_gpu and ProcessGroup().size == 1,
             "cpp_wrapper": not on_gpu,
             "memory_planning": not on_gpu,
         }

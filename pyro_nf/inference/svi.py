@@ -13,7 +13,7 @@ from pyro_nf.inference.evaluation import explained
 from pyro_nf.inference.loop import StepFit
 from pyro_nf.inference.minibatches import Fault, Minibatches, faults_in_words
 from pyro_nf.inference.options import StepOptions, checked_callbacks
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.result import FitResult, Status
 from pyro_nf.inference.staged.fit import fit_in_stages
 from pyro_nf.inference.staged.guide import StagedGuide
@@ -189,7 +189,7 @@ class FlowSVI:
         with self._watch() as watch:
             data = Minibatches(batches, self.program)
             result = StepFit(self.program, data, self.options, watch, fixed=False).run()
-            return _with_faults(result, list(itertools.chain(*Ranks().gather(data.faults))))
+            return _with_faults(result, list(itertools.chain(*ProcessGroup().gather(data.faults))))
 
     @one_at_a_time
     def resume(self, *args: Any, **kwargs: Any) -> FitResult:
@@ -200,7 +200,7 @@ class FlowSVI:
                 `run`.
         """
         path = self.options.checkpoint
-        if path is None or not Ranks().from_first(path.exists):
+        if path is None or not ProcessGroup().from_first(path.exists):
             got = None if path is None else str(path)
             raise ValueError(f"checkpoint must name a file that a run has written; got {got!r}")
         program = self._bound(args, kwargs)
@@ -212,7 +212,7 @@ class FlowSVI:
         return self.program.bind(*args, **kwargs)
 
     def _watch(self) -> AbstractContextManager[Watch]:
-        ranks = Ranks()
+        ranks = ProcessGroup()
         shown = self.progress and ranks.index == 0
         # Of several processes each is at another step, or runs on.
         return Watch(self.callbacks, self.options.max_seconds, shown).looking_out(for_interrupts=ranks.size == 1)
@@ -221,7 +221,7 @@ class FlowSVI:
         """Fit in stages, unless something that the user asked for is of a single one."""
         options, guide = self.options, self.program.guide
         asked = options.learning_rate is not None or options.checkpoint is not None or not self._own_objective
-        if asked or options.max_steps < _MIN_STAGED or Ranks().size > 1 or not isinstance(guide, StagedGuide):
+        if asked or options.max_steps < _MIN_STAGED or ProcessGroup().size > 1 or not isinstance(guide, StagedGuide):
             return None
         return fit_in_stages(program, guide, options, watch, self.plan)
 

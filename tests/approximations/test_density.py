@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_nf.approximations.density import Density, Together
+from pyro_nf.approximations.density import BatchedEvaluator, Density
 from pyro_nf.programs.batching import Batchable
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -80,7 +80,7 @@ def test_threads_are_answered_together_in_their_order_where_run_was_called():
     def job(number, ask):
         return [float(ask(torch.full((1,), float(number)))[0]) for _ in range(number + 1)]
 
-    assert Together(function).run(job, 3) == [[0.0], [1.0, 1.0], [4.0, 4.0, 4.0]]
+    assert BatchedEvaluator(function).run(job, 3) == [[0.0], [1.0, 1.0], [4.0, 4.0, 4.0]]
     assert batches == [[0.0, 1.0, 2.0], [1.0, 2.0], [2.0]]
 
 
@@ -101,7 +101,7 @@ def test_the_first_error_ends_all_threads_and_is_raised(error, raised_by):
 
     before = set(threading.enumerate())
     with pytest.raises(error, match="no more"):
-        Together(function).run(job, 3)
+        BatchedEvaluator(function).run(job, 3)
     assert not climbing(before)
 
 
@@ -122,7 +122,7 @@ def test_ctrl_c_ends_all_threads():
 
     before = set(threading.enumerate())
     with pytest.raises(KeyboardInterrupt):
-        Together(lambda points: (points,)).run(job, 3)
+        BatchedEvaluator(lambda points: (points,)).run(job, 3)
     assert not climbing(before)
 
 

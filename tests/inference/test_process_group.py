@@ -27,7 +27,7 @@ from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
-from pyro_nf.inference.process_group import Ranks
+from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.schedule import PlateauSchedule
 from pyro_nf.inference.steps import GraphError, GraphSteps, read, write
 from pyro_nf.programs.program import BoundProgram, Program, Randomness
@@ -207,7 +207,7 @@ def fit_with_a_bar(rank):
 
 def use_ranks(rank):
     """Call each method."""
-    ranks = Ranks()
+    ranks = ProcessGroup()
     tensor = torch.arange(3.0) + rank
 
     def fail():
@@ -215,7 +215,7 @@ def use_ranks(rank):
 
     with pytest.raises(FileNotFoundError, match="not on 0"):
         ranks.from_first(fail)
-    with ranks.rehearsal():
+    with ranks.no_sync():
         alone = ranks.mean(tensor)
     return {
         "place": (ranks.index, ranks.size),
@@ -224,7 +224,7 @@ def use_ranks(rank):
         "alone": alone.equal(tensor) and alone is not tensor,
         "any": [ranks.any(False), ranks.any(rank == 1), ranks.any(True)],
         "gather": ranks.gather(f"of {rank}"),
-        "of_first": ranks.of_first(tensor),
+        "broadcast": ranks.broadcast(tensor),
         "from_first": ranks.from_first(lambda: f"of {rank}"),
         "share": ranks.share(5),
     }
@@ -536,7 +536,7 @@ def test_what_processes_tell_each_other(run):
     assert (one.pop("place"), other.pop("place")) == ((0, 2), (1, 2))
     for outcome in (one, other):
         assert torch.equal(outcome["mean"], torch.arange(3.0) + 0.5)
-        assert torch.equal(outcome["of_first"], torch.arange(3.0))
+        assert torch.equal(outcome["broadcast"], torch.arange(3.0))
         assert not outcome["infinite"]
         assert outcome["alone"]
         assert outcome["any"] == [False, True, True]
@@ -546,10 +546,10 @@ def test_what_processes_tell_each_other(run):
 
 
 def test_one_process_tells_itself():
-    ranks, tensor = Ranks(), torch.ones(2)
+    ranks, tensor = ProcessGroup(), torch.ones(2)
     assert (ranks.index, ranks.size) == (0, 1)
     assert ranks.mean(tensor) is tensor
-    assert ranks.of_first(tensor) is tensor
+    assert ranks.broadcast(tensor) is tensor
     assert [ranks.any(False), ranks.any(True)] == [False, True]
     assert ranks.gather(3) == [3]
     assert ranks.from_first(lambda: 4) == 4
