@@ -22,9 +22,9 @@ test: $(STAMP)
 	$(BIN)/pytest -n auto -m "not slow and not gpu" tests
 	$(BIN)/pytest -n auto --doctest-modules --pyargs pyro_nf
 
-# Every cell of the tutorials, with fits of a few steps.
+# Every cell of the tutorials, with fits of a few steps, one thread a notebook.
 notebooks: $(STAMP)
-	PYTHONSTARTUP=$(CURDIR)/tests/few_steps.py $(BIN)/pytest -n auto --nbmake tutorials
+	OMP_NUM_THREADS=1 PYTHONSTARTUP=$(CURDIR)/tests/few_steps.py $(BIN)/pytest -n auto --nbmake tutorials
 
 # The tutorials' notebooks from their sources, run in earnest: some minutes.
 tutorials: $(STAMP)
