@@ -19,8 +19,8 @@ demo: $(STAMP)
 
 # Doctests run on the installed package, where guides and models stand inside pyro_nf.
 test: $(STAMP)
-	$(BIN)/pytest -n auto -m "not slow and not gpu" tests
-	$(BIN)/pytest -n auto --doctest-modules --pyargs pyro_nf
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow and not gpu" tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --doctest-modules --pyargs pyro_nf
 
 # Every cell of the tutorials, with fits of a few steps, one thread a notebook.
 notebooks: $(STAMP)
