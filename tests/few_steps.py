@@ -18,7 +18,7 @@ _init, _decide, _defaults = FlowSVI.__init__, correction.decide, dict(_diagnose.
 def _few(self: FlowSVI, *args: Any, **options: Any) -> None:
     num_steps = min(options.get("max_steps", _NUM_STEPS), _NUM_STEPS)
     few = {"learning_rate": 0.01, "num_particles": 16}  # a rate that is given is not looked for
-    _init(self, *args, **(few | options | {"max_steps": num_steps, "compile": False}))
+    _init(self, *args, **(few | options | {"max_steps": num_steps, "compile": False, "plan": None}))
 
 
 def undo() -> None:

@@ -143,8 +143,10 @@ class FlowSVI:
         self.progress = check_flag("progress", progress)
         self.callbacks = checked_callbacks(callbacks)
         self.program = Program(model, guide)
-        self.plan = _checked_plan(plan, guide)
         self._own_objective = objective is None
+        self.plan = _checked_plan(plan, guide)
+        if plan is not None and (asked := self._single()):
+            raise ValueError(f"plan must be None with {asked}, which makes the fit a single stage; got a Plan")
 
     @one_at_a_time
     def run(self, *args: Any, **kwargs: Any) -> FitResult:
@@ -219,11 +221,21 @@ class FlowSVI:
 
     def _in_stages(self, program: BoundProgram, watch: Watch) -> FitResult | None:
         """Fit in stages, unless something that the user asked for is of a single one."""
-        options, guide = self.options, self.program.guide
-        asked = options.learning_rate is not None or options.checkpoint is not None or not self._own_objective
-        if asked or options.max_steps < _MIN_STAGED or ProcessGroup().size > 1 or not isinstance(guide, StagedGuide):
+        guide = self.program.guide
+        if self._single() or ProcessGroup().size > 1 or not isinstance(guide, StagedGuide):
             return None
-        return fit_in_stages(program, guide, options, watch, self.plan)
+        return fit_in_stages(program, guide, self.options, watch, self.plan)
+
+    def _single(self) -> str:
+        """Name the option that makes the fit a single stage, if there is one."""
+        options = self.options
+        asked = {
+            "a learning_rate": options.learning_rate is not None,
+            "a checkpoint": options.checkpoint is not None,
+            "an objective": not self._own_objective,
+            f"max_steps below {_MIN_STAGED:,}": options.max_steps < _MIN_STAGED,
+        }
+        return next((name for name, is_asked in asked.items() if is_asked), "")
 
 
 def _checked_plan(plan: Any, guide: Callable[..., Any]) -> Plan:

@@ -14,6 +14,20 @@ from pyro_nf.flows import ElementwiseAffine, stacks
 from pyro_nf.guides import AutoFlow
 from pyro_nf.inference import FlowSVI
 from pyro_nf.inference.elbo import ELBO
+from pyro_nf.inference.staged import DEFAULT
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"learning_rate": 0.1}, "a learning_rate"),
+        ({"objective": ELBO()}, "an objective"),
+        ({"max_steps": 100}, "max_steps below 3,000"),
+    ],
+)
+def test_a_plan_goes_with_nothing_that_makes_a_single_stage(options, what):
+    with pytest.raises(ValueError, match=f"plan must be None with {what}"):
+        FlowSVI(banana, AutoFlow(banana), plan=DEFAULT, **options)
 
 
 def normal(loc=1e3, scale=1e-3):
