@@ -1,10 +1,10 @@
 """A recorded graph as TorchScript: from operation to operation without Python.
 
 torch calls TorchScript deprecated. It stays as the fast way to run a graph: a step of eight schools' flow, of 1,555
-operations, takes 3.7 ms, and the graph's own Python code 2.8 times as long; one of a GARCH model's, of 5,771
-operations, 9.3 ms and 3.4 times as long (one core; making a script takes half a second to three, the compiler tens of
-seconds to minutes). Where TorchScript is gone, or the environment variable `PYRO_NF_TORCHSCRIPT` is 0, the graph's own
-code runs, to the same results.
+operations, takes 3.7 ms, and the graph's own Python code 3.2 times as long; one of a GARCH model's, of 5,771
+operations, 9.3 ms and 3.0 times as long (one busy core; making a script takes half a second to three, the compiler tens
+of seconds to minutes). Where TorchScript is gone, or the environment variable `PYRO_NF_TORCHSCRIPT` is 0, the graph's
+own code runs, to the same results.
 """
 
 import os
