@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from pyro_nf.interface.renamed import renamed
-from pyro_nf.models import eight_schools, imputation, tables
+from pyro_nf.models import discrete, eight_schools, imputation, tables
 from pyro_nf.models.digits import Digits, load_digits
 from pyro_nf.models.dlgm import DLGM, VAE
 from pyro_nf.models.hivae import HIVAE, TableEncoder
@@ -30,6 +30,7 @@ __all__ = [
     "TableEncoder",
     "binarize",
     "dequantize",
+    "discrete",
     "eight_schools",
     "imputation",
     "load_digits",
