@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from pyro_nf.compiler.recording import GraphError, record
+from pyro_nf.compiler.recording import GraphError, one_output, record
 from pyro_nf.compiler.scripts import scripted
 from pyro_nf.programs.coordinates import LogDensity
 from pyro_nf.programs.noise import running
@@ -60,6 +60,7 @@ class Density:
         self._single = _single(self.log_density)
         self._batch: Gradients | None = None
         self._graph: GraphModule | None = None
+        self._value_graph: GraphModule | None = None
         self._num_renewals = 0
 
     @torch.no_grad()
@@ -68,6 +69,8 @@ class Density:
         # Whether points can be batched is known once gradients have been asked for.
         if len(points) <= self.size or self._batch is None:
             return self.gradients(points)[1]
+        if self._value_graph is not None:
+            return torch.cat([self._value_graph(self._filled(part))[: len(part)] for part in points.split(self.size)])
         value = torch.func.vmap(self.log_density, randomness="different")
         return torch.cat([value(part) for part in points.split(self._num_values)])
 
@@ -113,7 +116,7 @@ class Density:
         pairs = list(zip(plain(full), self._batch(full), strict=True))
         if all(map(_alike, *zip(*pairs, strict=True))):
             return False
-        self._batch, self._graph, self.is_long = None, None, False
+        self._batch, self._graph, self._value_graph, self.is_long = None, None, None, False
         self._num_renewals += 1
         if self._num_renewals > _MAX_RENEWALS:
             self._batch = plain
@@ -160,6 +163,7 @@ class Density:
         made = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
         self.work = sum(value.numel() for value in made if isinstance(value, Tensor)) // len(points)
         self.is_long, self._graph = len(made) > _MANY_OPERATIONS, graph
+        self._value_graph = one_output(graph, 1)
         recorded: Gradients = scripted(graph, (points.clone(),)) if self.is_long else graph
         return recorded
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from pyro_nf.compiler import trees
 
+# Calls of a function before it is recorded, which takes as long as a few.
+_PLAIN_CALLS = 5
 _READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
@@ -25,11 +27,30 @@ def record(function: Callable[..., Any], *inputs: Any) -> GraphModule:
         GraphError: If this torch cannot record; else whatever the function raises where its tensors have no values.
     """
     try:
+        from torch._guards import TracingContext, tracing
+        from torch._subclasses import FakeTensorMode
         from torch.fx.experimental.proxy_tensor import make_fx
 
-        return make_fx(function)(*inputs)  # type: ignore[no-any-return]
+        # One mode for the shapes that nodes remember: without it each node makes its own, half of all the time.
+        with tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True))):
+            graph: GraphModule = make_fx(function)(*inputs)
     except ImportError as error:
         raise GraphError(f"this torch cannot record graphs: {error}") from error
+    graph.graph.eliminate_dead_code(_has_effects)
+    graph.recompile()
+    return graph
+
+
+def _has_effects(node: Node) -> bool:
+    """Whether a node does more than to compute what other nodes use: it draws numbers, or writes into a tensor."""
+    if node.op != "call_function":
+        return node.op in ("placeholder", "output")
+    schema = getattr(node.target, "_schema", None)
+    return schema is None or schema.is_mutable or _draws(node)
+
+
+def _draws(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 @contextmanager
@@ -62,7 +83,7 @@ def is_constant(x: Tensor, is_known: Callable[[Tensor, Node], bool]) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if node.op == "placeholder" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        if node.op == "placeholder" or _draws(node):
             return False
         if node.op == "get_attr" and not is_known(getattr(mode.tracer.root, str(node.target)), node):
             return False
@@ -147,6 +168,55 @@ def _has_shape_of_values(func: Any, args: tuple[Any, ...]) -> bool:
     return torch.Tag.dynamic_output_shape in func.tags
 
 
+def one_output(graph: GraphModule, number: int) -> GraphModule:
+    """Return the graph of one of a graph's outputs, which computes no other, of the same flat inputs."""
+    nodes = Graph()
+    nodes.output(nodes.graph_copy(graph.graph, {})[number])  # type: ignore[index]
+    nodes.eliminate_dead_code(_has_effects)
+    return GraphModule(graph, nodes)
+
+
+class Repeated:
+    """A function of a tensor that is called many times: the first calls are plain, later ones of their shape recorded.
+
+    The recorded graph is compared with the function once; where they differ, or it cannot be recorded, and for inputs
+    of other shapes, the function stays plain.
+
+    Args:
+        function: `tensor -> {name: tensor}`, the same each time but for what it draws.
+    """
+
+    def __init__(self, function: Callable[[Tensor], dict[str, Tensor]]) -> None:
+        self._function = function
+        self._num_calls = 0
+        self._shape: torch.Size | None = None
+        self._graph: GraphModule | None = None
+
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the function's results."""
+        self._num_calls += 1
+        if self._graph is not None and x.shape == self._shape:
+            return self._graph(x)  # type: ignore[no-any-return]
+        result = self._function(x)
+        if self._num_calls == _PLAIN_CALLS:
+            self._graph, self._shape = self._recorded(x), x.shape
+        return result
+
+    @torch.random.fork_rng()
+    def _recorded(self, x: Tensor) -> GraphModule | None:
+        try:
+            graph = record(self._function, x)
+            results = []
+            for run in (self._function, graph):
+                torch.manual_seed(0)
+                results.append(run(x))
+        except (GraphError, RuntimeError, TypeError, ValueError):  # what cannot be recorded
+            return None
+        plain, found = results
+        same = all(torch.allclose(found[name], plain[name], rtol=1e-3, equal_nan=True) for name in plain)
+        return graph if same else None
+
+
 def lift(graph: GraphModule, params: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Make what a graph reads an input: parameters from the first, where they stand side by side, others one by one.
 
@@ -183,7 +253,7 @@ def merge(graph: GraphModule) -> None:
     """Do once what a graph without mutations does twice, as the model and the guide gather the rows of a minibatch."""
     known: dict[Any, Node] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        if node.op == "call_function" and not _draws(node):
             arguments, names = trees.flatten((node.target, node.args, node.kwargs))
             key = str(names), *((type(value), value) for value in arguments)
             if first := known.get(key):

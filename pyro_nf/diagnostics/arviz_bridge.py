@@ -26,6 +26,7 @@ from pyro_nf.programs.calls import takes_model_arguments
 from pyro_nf.programs.contraction import contract
 from pyro_nf.programs.coordinates import coordinates
 from pyro_nf.programs.discrete import discrete_probabilities, draw_discrete, with_discrete
+from pyro_nf.programs.grouped import log_prob_of
 from pyro_nf.programs.matching import require_weights
 from pyro_nf.programs.program import BoundProgram, Program, TracePair
 from pyro_nf.programs.sites import is_data, is_deterministic, is_enumerated, is_latent
@@ -186,7 +187,7 @@ class _Sites:
         nodes = particle.model.nodes
         returned = particle.guide.nodes["_RETURN"]["value"] if predicted else simulation.Prediction({}, {})
         probabilities: dict[str, Tensor] = {}
-        likelihood = {name: nodes[name]["log_prob"] for name in self.observed}
+        likelihood = {name: log_prob_of(nodes[name]) for name in self.observed}
         if self._enumeration.names:
             discrete = returned.discrete or draw_discrete(particle.model)
             probabilities = discrete_probabilities(particle.model)
@@ -211,7 +212,7 @@ class _Sites:
         for term in contract(particle.model, scaled=False).terms:
             data = [name for name in term.sites if name in self.observed]
             if data == list(term.sites):
-                found |= {name: particle.model.nodes[name]["log_prob"] for name in data}
+                found |= {name: log_prob_of(particle.model.nodes[name]) for name in data}
             elif data and term.plates:
                 name = data[0] if len(data) == 1 else " and ".join(data[:2]) + (" ..." if len(data) > 2 else "")
                 found[name] = term.value

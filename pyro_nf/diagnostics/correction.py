@@ -205,15 +205,14 @@ def _propose(
         }
         return values | log_densities(particle) | ({"point": coordinates(particle.model)} if names else {})
 
-    parts, moments = [], Moments()
-    with torch.no_grad():
-        for draws, log_ratio in _noise(program, number, df):
-            part = program.vmap_traces(extract, draws)
-            part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
-            if names:
-                moments.add(part["log_w"], part.pop("point"))
-            parts.append(part)
-            advance(len(draws.noise))
+    parts, moments, run = [], Moments(), program.repeated(extract)
+    for draws, log_ratio in _noise(program, number, df):
+        part = run(draws)
+        part["log_w"] = part.pop("log_p").double() - part.pop("log_q").double() - log_ratio
+        if names:
+            moments.add(part["log_w"], part.pop("point"))
+        parts.append(part)
+        advance(len(draws.noise))
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     log_weights = found["log_w"].cpu().numpy()
     weights = summarize(log_weights[None])

@@ -169,13 +169,12 @@ def diagnose(
 
     density = Density(model_log_density(program.model, enumeration=program.spec.enumeration), program.num_numbers)
     improper = _improper(program, density, len(names)) if names else None
-    moments, sets = Moments(), []
+    moments, sets, run = Moments(), [], program.repeated(extract)
     with shown.part("weights of draws", num_sets * num_samples) as advance:
         for _ in range(num_sets):
             parts = []
             for draws in counted(program.chunks(num_samples), advance):
-                with torch.no_grad():
-                    found = program.vmap_traces(extract, draws)
+                found = run(draws)
                 log_weights = found["log_p"].double() - found["log_q"].double()
                 if improper:
                     log_weights = log_weights + improper.reference(found["point"]).double()

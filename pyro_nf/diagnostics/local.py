@@ -99,9 +99,10 @@ def local_evidence(
     # Running sums of log w and (in logs) of w: memory does not grow with num_samples.
     total, log_total = torch.zeros(()), torch.tensor(-math.inf)
     broken = torch.zeros((), dtype=torch.long)
-    with torch.no_grad(), shown.part("weights of draws", num_samples) as advance:
+    run = program.repeated(log_weights)
+    with shown.part("weights of draws", num_samples) as advance:
         for draws in counted(chunks(), advance):
-            log_w = program.vmap_traces(log_weights, draws)["log_w"]
+            log_w = run(draws)["log_w"]
             broken = broken.to(log_w.device) + (log_w.isnan() | log_w.isposinf()).sum(0)
             total = total.to(log_w) + log_w.sum(0)
             log_total = torch.logaddexp(log_total.to(log_w), log_w.logsumexp(0))

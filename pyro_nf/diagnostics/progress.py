@@ -63,9 +63,7 @@ class Progress:
         number: int,
     ) -> dict[str, Tensor]:
         """`BoundProgram.vmap_in_chunks` as a part of the call."""
-        chunks = self.chunks(name, program, number)
-        with torch.no_grad():
-            parts = [program.vmap_traces(extract, draws) for draws in chunks]
+        parts = list(map(program.repeated(extract), self.chunks(name, program, number)))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import pyro_nf
 from pyro_nf.compiler import trees
 from pyro_nf.inference.steps import read, write
+from pyro_nf.programs.grouped import log_prob_of
 from pyro_nf.programs.program import BoundProgram, TracePair
 from pyro_nf.programs.sites import is_data, is_deterministic
 from pyro_nf.programs.traces import log_prob_sum
@@ -138,8 +139,8 @@ class Identity:
         def terms(particle: TracePair) -> dict[str, Tensor]:
             log_q, _ = log_prob_sum(particle.guide), log_prob_sum(particle.model)
             sites = [site for site in particle.model.nodes.values() if site["type"] == "sample"]
-            log_p = {f"of site {site['name']!r}": site["log_prob_sum"] for site in sites if not is_deterministic(site)}
-            return {name: torch.as_tensor(value) for name, value in log_p.items()} | {"of the guide": log_q}
+            log_p = {f"of site {site['name']!r}": log_prob_of(site).sum() for site in sites if not is_deterministic(site)}
+            return log_p | {"of the guide": log_q}
 
         with torch.random.fork_rng(), _fixed_values(self._params), torch.no_grad():
             torch.manual_seed(0)

@@ -25,7 +25,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.programs.grouped import Row, row_of, rows_together
+from pyro_nf.programs.rows import Row, row_of, rows_together
 from pyro_nf.programs.sites import is_data, is_enumerated, is_latent
 
 # Numbers in the largest table of a sum, for one draw, and in tables whose size does not matter.
@@ -173,7 +173,7 @@ class _Symbols:
 
 def _packed(site: dict[str, Any], symbols: _Symbols) -> tuple[Row, str]:
     """Return a site's log density, without its scale, and its dimensions' symbols; those of no plate are summed."""
-    row = row_of(torch.as_tensor(site["unscaled_log_prob"]))
+    row = row_of(site["unscaled_log_prob"])
     mask = site["mask"]
     # A latent's own density stays whole: it sums to one where all that depends on it is masked.
     if mask is not None and mask is not True and not is_enumerated(site):

@@ -135,7 +135,7 @@ def _marginals(trace: poutine.Trace) -> dict[str, Tensor]:
 
 
 def _dtype(trace: poutine.Trace) -> torch.dtype:
-    found = [site["log_prob"].dtype for site in trace.nodes.values() if isinstance(site.get("log_prob"), Tensor)]
+    found = [site["log_prob"].dtype for site in trace.nodes.values() if hasattr(site.get("log_prob"), "dtype")]
     return found[0] if found else torch.get_default_dtype()
 
 

@@ -20,6 +20,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_nf.interface.arguments import check_callable, explain_failure
+from pyro_nf.compiler.recording import Repeated
 from pyro_nf.programs._pyro import is_subsample, subsampled
 from pyro_nf.programs.batching import culprit
 from pyro_nf.programs.data_checks import check_data, check_parameters
@@ -222,9 +223,7 @@ class BoundProgram:
         return Randomness(noise, indices)
 
     def vmap_traces(
-        self,
-        extract: Callable[[TracePair], dict[str, Tensor]],
-        draws: Randomness,
+        self, extract: Callable[[TracePair], dict[str, Tensor]], draws: Randomness
     ) -> dict[str, Tensor]:
         """Run a particle for each row of `draws.noise` and return `extract`'s tensors, stacked along a new first dim.
 
@@ -258,15 +257,27 @@ class BoundProgram:
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
     def vmap_in_chunks(
-        self,
-        extract: Callable[[TracePair], dict[str, Tensor]],
-        num_particles: int,
+        self, extract: Callable[[TracePair], dict[str, Tensor]], num_particles: int
     ) -> dict[str, Tensor]:
         """`vmap_traces` without gradients, in bounded memory: over `chunks`."""
-        chunks = self.chunks(num_particles)
-        with torch.no_grad():
-            parts = [self.vmap_traces(extract, draws) for draws in chunks]
+        parts = list(map(self.repeated(extract), self.chunks(num_particles)))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def repeated(
+        self, extract: Callable[[TracePair], dict[str, Tensor]]
+    ) -> Callable[[Randomness], dict[str, Tensor]]:
+        """Return `vmap_traces` of the same extract without gradients, for many calls: later ones go without Python.
+
+        Parameters must stay as they are from call to call.
+        """
+        run = Repeated(lambda noise: self.vmap_traces(extract, Randomness(noise, {})))
+
+        def call(draws: Randomness) -> dict[str, Tensor]:
+            with torch.no_grad():
+                in_batch = self.program.vectorized and not draws.indices
+                return run(draws.noise) if in_batch else self.vmap_traces(extract, draws)
+
+        return call
 
     def chunks(self, num_particles: int) -> Iterator[Randomness]:
         """Yield the draws of `num_particles`, as many at once as make some millions of numbers."""

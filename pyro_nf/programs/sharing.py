@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_nf.programs.rows import Row
+
 # Functions of tensors that depend on nothing but their arguments, and change none of them.
 # fmt: off
 _PURE = frozenset((
@@ -31,6 +33,7 @@ _PURE = frozenset((
 # fmt: on
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 # Numbers in a tensor of one draw, at most: half a gigabyte.
 _MAX_NUMBERS = 2**26
 
@@ -60,7 +63,7 @@ class Shared(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if name in _PURE and "out" not in kwargs:
+        if (name in _PURE or func == _DATA) and "out" not in kwargs:
             key = self._key((func, args, kwargs))
             if key is not None:
                 if key in self._results:
@@ -71,6 +74,8 @@ class Shared(TorchFunctionMode):
                     return result
                 _check_size(args)
                 result = func(*args, **kwargs)
+                if name == "__getitem__" and type(args[1]) is int:
+                    result._row = Row(args[0], args[1])
                 self._results[key] = result
                 self._kept.append((args, kwargs))  # an `id` is one only while its tensor lives
                 return result

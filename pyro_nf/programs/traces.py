@@ -80,11 +80,13 @@ def log_prob_sum(trace: poutine.Trace, has_coordinates: bool = False) -> Tensor:
 
 def _summed(trace: poutine.Trace, has_coordinates: bool) -> Tensor:
     """`log_prob_sum` of a single trace."""
-    with running():
-        usable = [inside for *_, inside in _validity(trace, latents=not has_coordinates)]
+    shared = getattr(trace, "shared", None) or nullcontext()
+    with running(), shared:
+        flags = [inside for *_, inside in _validity(trace, latents=not has_coordinates)]
+    usable = list({id(flag): flag for flag in flags}.values())  # the steps of a chain share many
     if any(map(is_enumerated, trace.nodes.values())):
         with running():
-            with getattr(trace, "shared", None) or nullcontext():
+            with shared:
                 compute_log_prob(trace)
             total = contract(trace).total()
     else:
