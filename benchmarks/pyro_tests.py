@@ -31,13 +31,23 @@ REPLACED = (
 )
 # What a test asks for that AutoFlow is not, or that is not public, by the test's name: all others must pass.
 EXPLAINED: dict[str, str] = {
+    "AutoGaussianChain::test_multivariatate_normal_auto": "reads AutoMultivariateNormal's own attribute loc",
+    "EqualizeHandlerTests::test_render_model": "needs graphviz; with Pyro's guides, too",
+    "test_auto_diagonal_gaussians": "reads the guide's own attribute loc",
+    "test_auto_dirichlet": "reads the guide's own attributes loc and transform",
+    "test_auto_transform": "reads the guide's own attribute loc",
     "test_autonormal_dynamic_model": "reads AutoNormal's own attribute locs",
+    "test_condition_by_equalize": "calls AutoNormal's private _get_loc_and_scale",
     "test_discrete_helpful_error": "compares the words: AutoFlow refuses in others",
+    "test_empty_model_error": "asks for a RuntimeError: AutoFlow refuses a model without latents with a ValueError",
+    "test_exact_tree[AutoGaussianFunsor]": "needs funsor; with Pyro's guides, too",
     "test_init_loc_fn": "a median is of 10,000 draws, not a formula",
     "test_init_scale": "calls the private _loc_scale of a normal",
     "test_median_module": "20 steps of 0.005 from the median of the prior; AutoFlow starts where AutoNormal does, at 0",
     "test_quantiles": "asks for the variance of the posterior as a formula",
+    "test_reparam_log_joint": "reads the transforms of the guide's TransformedDistribution",
     "test_stable": "the test's model has no latents, which AutoFlow refuses",
+    "test_stable_with_log_prob_param_fit": "the test's model has no latents, which AutoFlow refuses",
     "test_subsample_guide": "local latents in a subsampled plate: AutoFlow refuses them and names AmortizedFlow",
     "test_subsample_guide_2": "local latents in a subsampled plate: AutoFlow refuses them and names AmortizedFlow",
     "test_subsample_model": "local latents in a subsampled plate: AutoFlow refuses them and names AmortizedFlow",

@@ -317,8 +317,8 @@ NO_CALLS = {
     "guides": set(),
     "models": {
         *("BernoulliLikelihood", "NormalLikelihood", "Likelihood", "Digits", "Images", "load_digits"),
-        *("eight_schools", "energies", "fertility", "hard_posteriors", "imputation", "motorcycle", "posteriordb"),
-        "tables",
+        *("discrete", "eight_schools", "energies", "fertility", "hard_posteriors", "imputation", "motorcycle"),
+        *("posteriordb", "tables"),
     },
     "testing": {"FlowError", "FlowReport"},
 }

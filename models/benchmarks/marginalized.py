@@ -15,7 +15,9 @@ def gaussian_mixture(y: Tensor, num_components: int = 2, center: float = 0.0, sp
     share = pyro.sample("share", dist.Dirichlet(y.new_ones(num_components)))
     lowest = pyro.sample("lowest", dist.Normal(y.new_tensor(center - spread), spread))
     gap = pyro.sample("gap", dist.HalfNormal(spread).expand([num_components - 1]).to_event(1))
-    scale = pyro.sample("scale", dist.LogNormal(y.new_tensor(spread / 4).log(), 1.0).expand([num_components]).to_event(1))
+    scale = pyro.sample(
+        "scale", dist.LogNormal(y.new_tensor(spread / 4).log(), 1.0).expand([num_components]).to_event(1)
+    )
     loc = lowest + torch.cat([y.new_zeros(1), gap.cumsum(-1)])
     pyro.factor("rows", (share.log() + dist.Normal(loc, scale).log_prob(y[:, None])).logsumexp(-1).sum())
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 
 def dawid_skene(labels: Tensor, annotators: Tensor, num_classes: int | None = None) -> None:
-    """Annotators with error rates of their own: `truth_i ~ Categorical(share)`, `labels_ij ~ Categorical(confusion[annotator_j, truth_i])`.
+    """Annotators with error rates of their own, who label the same items.
 
+    `truth_i ~ Categorical(share)`, and `labels_ij ~ Categorical(confusion[annotator_j, truth_i])`.
     The priors: `share ~ Dirichlet(1, ..., 1)`; `confusion[a, k] ~ Dirichlet`, with the concentration 4 for the right
     label and 1 for each other, which also tells the classes apart.
 

@@ -21,4 +21,5 @@ def linear_predictor(y: Tensor, x: Tensor | None, scale: float, name: str = "") 
     if x is None:
         return intercept
     slope = pyro.sample(f"{name}slope", dist.Normal(x.new_zeros(x.shape[-1]), scale).to_event(1))
-    return intercept + x @ slope
+    predictor: Tensor = intercept + x @ slope
+    return predictor

@@ -9,7 +9,7 @@ from pyro_nf.models.discrete.designs import linear_predictor
 
 
 def cormack_jolly_seber(captured: Tensor) -> None:
-    """Capture-recapture of marked animals: who is alive lives on with probability `survival_t`, is caught with `recapture`.
+    """Capture-recapture of marked animals, which live on with probability `survival_t` and are caught with `recapture`.
 
     From its first capture on, an animal's state is `z_it ~ Bernoulli(z_{i,t-1} survival_{t-1})` and its captures are
     `captured_it ~ Bernoulli(z_it recapture)`. All probabilities are `Uniform(0, 1)`.
@@ -39,8 +39,8 @@ def cormack_jolly_seber(captured: Tensor) -> None:
 def occupancy(detections: Tensor, num_visits: int, x: Tensor | None = None) -> None:
     """Occupancy of sites: `z_i ~ Bernoulli(occupied_i)`, `detections_i ~ Binomial(num_visits, z_i detected)`.
 
-    The priors: `detected ~ Uniform(0, 1)`; without columns `logit occupied = intercept ~ N(0, 1.5)`, near to uniform for
-    the probability; with columns, standardized, `+ x_i . slope`, slopes `N(0, 1.5)`.
+    The priors: `detected ~ Uniform(0, 1)`; without columns `logit occupied = intercept ~ N(0, 1.5)`, near to uniform
+    for the probability; with columns, standardized, `+ x_i . slope`, slopes `N(0, 1.5)`.
 
     Args:
         detections: In how many visits the species was seen, `(sites,)`.

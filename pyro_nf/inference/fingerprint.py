@@ -139,7 +139,9 @@ class Identity:
         def terms(particle: TracePair) -> dict[str, Tensor]:
             log_q, _ = log_prob_sum(particle.guide), log_prob_sum(particle.model)
             sites = [site for site in particle.model.nodes.values() if site["type"] == "sample"]
-            log_p = {f"of site {site['name']!r}": log_prob_of(site).sum() for site in sites if not is_deterministic(site)}
+            log_p = {
+                f"of site {site['name']!r}": log_prob_of(site).sum() for site in sites if not is_deterministic(site)
+            }
             return log_p | {"of the guide": log_q}
 
         with torch.random.fork_rng(), _fixed_values(self._params), torch.no_grad():

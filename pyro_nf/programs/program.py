@@ -19,8 +19,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_nf.interface.arguments import check_callable, explain_failure
 from pyro_nf.compiler.recording import Repeated
+from pyro_nf.interface.arguments import check_callable, explain_failure
 from pyro_nf.programs._pyro import is_subsample, subsampled
 from pyro_nf.programs.batching import culprit
 from pyro_nf.programs.data_checks import check_data, check_parameters
@@ -222,9 +222,7 @@ class BoundProgram:
         }
         return Randomness(noise, indices)
 
-    def vmap_traces(
-        self, extract: Callable[[TracePair], dict[str, Tensor]], draws: Randomness
-    ) -> dict[str, Tensor]:
+    def vmap_traces(self, extract: Callable[[TracePair], dict[str, Tensor]], draws: Randomness) -> dict[str, Tensor]:
         """Run a particle for each row of `draws.noise` and return `extract`'s tensors, stacked along a new first dim.
 
         A model that `vmap` cannot batch (control flow that depends on values, say) is run draw by draw, with one
@@ -263,9 +261,7 @@ class BoundProgram:
         parts = list(map(self.repeated(extract), self.chunks(num_particles)))
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
-    def repeated(
-        self, extract: Callable[[TracePair], dict[str, Tensor]]
-    ) -> Callable[[Randomness], dict[str, Tensor]]:
+    def repeated(self, extract: Callable[[TracePair], dict[str, Tensor]]) -> Callable[[Randomness], dict[str, Tensor]]:
         """Return `vmap_traces` of the same extract without gradients, for many calls: later ones go without Python.
 
         Parameters must stay as they are from call to call.

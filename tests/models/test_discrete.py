@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+
 from pyro_nf.models import discrete
 from pyro_nf.models.benchmarks import marginalized
 from pyro_nf.programs.coordinates import coordinates, model_log_density
