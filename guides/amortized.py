@@ -17,7 +17,7 @@ from pyro_nf.guides.building import FlowLike, build_flow, check_flow_like
 from pyro_nf.guides.flow_guide import FlowGuide
 from pyro_nf.guides.latents import check_latents, has_rows
 from pyro_nf.interface.arguments import check_choice
-from pyro_nf.programs.program import signature
+from pyro_nf.programs.calls import signature
 from pyro_nf.programs.supports import bijection
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]

@@ -184,10 +184,15 @@ class Repeated:
 
     Args:
         function: `tensor -> {name: tensor}`, the same each time but for what it draws.
+        recordable: The same for a recording, where `function` would make up for an error; by default `function`.
     """
 
-    def __init__(self, function: Callable[[Tensor], dict[str, Tensor]]) -> None:
-        self._function = function
+    def __init__(
+        self,
+        function: Callable[[Tensor], dict[str, Tensor]],
+        recordable: Callable[[Tensor], dict[str, Tensor]] | None = None,
+    ) -> None:
+        self._function, self._recordable = function, recordable or function
         self._num_calls = 0
         self._shape: torch.Size | None = None
         self._graph: GraphModule | None = None
@@ -205,9 +210,9 @@ class Repeated:
     @torch.random.fork_rng()
     def _recorded(self, x: Tensor) -> GraphModule | None:
         try:
-            graph = record(self._function, x)
+            graph = record(self._recordable, x)
             results = []
-            for run in (self._function, graph):
+            for run in (self._recordable, graph):
                 torch.manual_seed(0)
                 results.append(run(x))
         except (GraphError, RuntimeError, TypeError, ValueError):  # what cannot be recorded

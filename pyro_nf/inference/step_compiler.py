@@ -17,7 +17,8 @@ from pyro_nf.inference.elbo import ELBO
 from pyro_nf.inference.optim import GuardedAdam, State
 from pyro_nf.inference.process_group import ProcessGroup
 from pyro_nf.inference.steps import MIN_STEPS_TO_RECORD, GraphSteps, Leaves, PlainSteps, Step
-from pyro_nf.programs.program import BoundProgram, Program, Randomness, signature
+from pyro_nf.programs.calls import signature
+from pyro_nf.programs.program import BoundProgram, Program, Randomness
 
 Steps = Callable[[State, Tensor, Randomness], tuple[State, Tensor]]
 """`(state, learning rates, draws) -> (state, ELBOs)`, as many steps as there are rates."""

@@ -1,11 +1,11 @@
 """Calls in which a function's own options stand beside a model's arguments."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_nf.interface.arguments import Arguments
 from pyro_nf.programs._pyro import inside_handler
@@ -99,3 +99,18 @@ def _sentence(function: Callable[..., Any], lead: dict[str, Any], who: str, name
         f"arguments of the model as one, pyro_nf.Arguments(..., {name}=...), and beside it the {name} of {caller}; or "
         "give the model its value by position"
     )
+
+
+def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """Return what a model's structure may depend on: the shapes of tensors, and other values that can be compared."""
+
+    def describe(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.shape, value.dtype, value.device
+        if isinstance(value, dict):
+            return tuple((key, describe(item)) for key, item in value.items())
+        if isinstance(value, (tuple, list)):
+            return tuple(map(describe, value))
+        return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
+
+    return describe(tuple(args)), describe(kwargs)

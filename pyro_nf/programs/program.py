@@ -10,7 +10,7 @@ What is random is an argument: normal noise and the indices of subsampled plates
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from pyro_nf.compiler.recording import Repeated
 from pyro_nf.interface.arguments import check_callable, explain_failure
 from pyro_nf.programs._pyro import is_subsample, subsampled
 from pyro_nf.programs.batching import culprit
+from pyro_nf.programs.calls import signature
 from pyro_nf.programs.data_checks import check_data, check_parameters
 from pyro_nf.programs.enumeration import NOTHING, Enumeration, find_discrete, refusing_hidden_draws
 from pyro_nf.programs.noise import CountedNoise, SharedSubsamples, SubstituteNormals, minibatches, running
@@ -228,13 +229,7 @@ class BoundProgram:
         A model that `vmap` cannot batch (control flow that depends on values, say) is run draw by draw, with one
         warning.
         """
-        enumeration = self.spec.enumeration
-
-        def particle(noise: Tensor, zero: Tensor) -> dict[str, Tensor]:
-            with SharedSubsamples(draws.indices), running():
-                return extract(self._run(SubstituteNormals(noise, zero), enumeration))
-
-        noise = draws.noise
+        particle, noise = self._particle(extract, draws.indices), draws.noise
         zeros = noise.new_zeros(len(noise))
         obstacle, who = "", ""
         if self.program.vectorized:
@@ -254,6 +249,17 @@ class BoundProgram:
             warnings.warn(said, stacklevel=2)
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
+    def _particle(
+        self, extract: Callable[[TracePair], dict[str, Tensor]], indices: dict[str, Tensor]
+    ) -> Callable[[Tensor, Tensor], dict[str, Tensor]]:
+        enumeration = self.spec.enumeration
+
+        def particle(noise: Tensor, zero: Tensor) -> dict[str, Tensor]:
+            with SharedSubsamples(indices), running():
+                return extract(self._run(SubstituteNormals(noise, zero), enumeration))
+
+        return particle
+
     def vmap_in_chunks(
         self, extract: Callable[[TracePair], dict[str, Tensor]], num_particles: int
     ) -> dict[str, Tensor]:
@@ -266,12 +272,17 @@ class BoundProgram:
 
         Parameters must stay as they are from call to call.
         """
-        run = Repeated(lambda noise: self.vmap_traces(extract, Randomness(noise, {})))
+        # Not `vmap_traces`: what cannot be recorded can be batched all the same.
+        batched = torch.func.vmap(self._particle(extract, {}), randomness="different")
+        recorded = Repeated(
+            lambda noise: self.vmap_traces(extract, Randomness(noise, {})),
+            lambda noise: batched(noise, noise.new_zeros(len(noise))),
+        )
 
         def call(draws: Randomness) -> dict[str, Tensor]:
             with torch.no_grad():
                 in_batch = self.program.vectorized and not draws.indices
-                return run(draws.noise) if in_batch else self.vmap_traces(extract, draws)
+                return recorded(draws.noise) if in_batch else self.vmap_traces(extract, draws)
 
         return call
 
@@ -354,21 +365,6 @@ class BoundProgram:
         with noise or nullcontext():  # only the guide draws
             guide_trace = poutine.trace(self.guide).get_trace()
         return TracePair(guide_trace, run_model(self.model, guide_trace, enumeration))
-
-
-def signature(args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
-    """Return what a model's structure may depend on: the shapes of tensors, and other values that can be compared."""
-
-    def describe(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.shape, value.dtype, value.device
-        if isinstance(value, dict):
-            return tuple((key, describe(item)) for key, item in value.items())
-        if isinstance(value, (tuple, list)):
-            return tuple(map(describe, value))
-        return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
-
-    return describe(tuple(args)), describe(kwargs)
 
 
 def _device(pair: TracePair) -> torch.device:
